@@ -1,0 +1,88 @@
+"""Rounds of turns: all contenders alive, one computing at a time, in an order that changes."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gptscale.bench.contender import COMPARED_STEPS, EQUAL_LOSS, MATMUL, Contender
+from gptscale.bench.group import BenchError, Group, fork_context
+from gptscale.bench.turns import Ready, Turn
+from gptscale.config.schema import BenchConfig
+
+
+@dataclass
+class Samples:
+    """What one contender gave. Rounds in order; the warm-up apart."""
+
+    ready: Ready
+    rounds: list[Turn] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of all steps, the warm-up's too."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.rounds[-1].peak_bytes
+
+
+def measure(
+    contenders: Sequence[Contender], bench: BenchConfig, port: Callable[[], int], say: Callable[[str], None]
+) -> dict[str, Samples]:
+    """Samples by name, the first contender being the reference. `port` gives each a port where its ranks meet.
+
+    Raises BenchError where a contender fails, or computes something else than the reference: its losses, after the
+    same number of steps, must be the same.
+    """
+    context = fork_context()
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gptscale-bench-")))
+        groups: dict[str, Group] = {}
+        say(f"starting {', '.join(contender.name for contender in contenders)}")
+        for contender in contenders:
+            groups[contender.name] = Group(contender, port(), logs, context)
+            stack.callback(groups[contender.name].close)
+        measured = {name: Samples(group.ready()) for name, group in groups.items()}
+        tolerance = EQUAL_LOSS[contenders[0].settings.precision.compute]
+        for name in groups:
+            say(f"warming up {name}")
+            measured[name].losses += groups[name].turn(bench.warmup_steps).losses
+        check_equal_losses(measured, tolerance)
+        for number in range(bench.rounds):
+            say(f"round {number + 1} of {bench.rounds}")
+            for name in turn_order(list(groups), number):
+                turn = groups[name].turn(bench.steps_per_turn)
+                measured[name].rounds.append(turn)
+                measured[name].losses += turn.losses
+        check_equal_losses(measured, tolerance)
+        return measured
+
+
+def turn_order(names: Sequence[str], number: int) -> list[str]:
+    """Who computes after whom in a round: every round begins with another, and every second one runs backwards."""
+    start = number % len(names)
+    order = [*names[start:], *names[:start]]
+    return order if number % 2 == 0 else order[::-1]
+
+
+def check_equal_losses(measured: Mapping[str, Samples], tolerance: float) -> float:
+    """The largest difference from the reference's loss at the first `COMPARED_STEPS` steps.
+
+    Raises BenchError where it is above `tolerance`, or a loss of any step is not finite.
+    """
+    reference, *others = (name for name in measured if name != MATMUL)
+    worst = 0.0
+    for name in others:
+        pairs = zip(measured[reference].losses, measured[name].losses, strict=True)
+        for step, (expected, loss) in enumerate(pairs, start=1):
+            apart = abs(loss - expected) if step <= COMPARED_STEPS else 0.0
+            if not (math.isfinite(loss) and math.isfinite(expected)) or apart > tolerance:
+                raise BenchError(
+                    f"{name} does not compute what {reference} does: after {step} steps its loss is {loss:.6f}, not "
+                    f"{expected:.6f} (they may differ by {tolerance:g})\nno speed is reported for different work"
+                )
+            worst = max(worst, apart)
+    return worst

@@ -1,0 +1,176 @@
+"""What the contenders compute: the same weights and the same batches, each in its own way.
+
+Shape legend: B sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from gptscale.bench.contender import MATMUL_SIZE, Contender
+from gptscale.checkpoint.trained import COMPUTE_TYPES
+from gptscale.config.schema import TrainRoot
+from gptscale.flow import Batch
+from gptscale.parallel.engine import build_engine
+from gptscale.parallel.ranks import Ranks
+from gptscale.runtime.process import ProcessInfo, find_process
+from gptscale.runtime.seeds import derive_seed
+from gptscale.train.optimizer import build_optimizer
+from gptscale.train.setup import build_model
+
+POOL = 4
+"""Different global batches, which steps go round."""
+
+Step = Callable[[Sequence[Batch]], float]
+"""One optimizer step over this rank's micro-batches of a global batch; returns the global batch's mean loss."""
+
+
+@dataclass
+class Workload:
+    built: str
+    device: torch.device
+    step: Step
+    batches: Sequence[Sequence[Batch]]
+    seed: int
+    steps_taken: int = 0
+
+    def timed_step(self) -> tuple[float, float, float]:
+        """Loss, elapsed seconds and CPU-seconds of one step."""
+        torch.manual_seed(derive_seed(self.seed, "step", self.steps_taken))  # dropout draws alike in all contenders
+        microbatches = self.batches[self.steps_taken % len(self.batches)]
+        self.steps_taken += 1
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        loss = self.step(microbatches)
+        return loss, time.perf_counter() - wall_s, time.process_time() - cpu_s
+
+    def peak_bytes(self) -> int:
+        """Most memory of the device; 0 on a CPU, whose allocator keeps no count."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def build_workload(contender: Contender) -> Workload:
+    """Build what this process computes. Collective where the contender has several ranks."""
+    torch.set_num_threads(contender.threads)
+    settings = contender.settings
+    process = find_process(os.environ)
+    device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if contender.kind == "matmul":
+        return Workload("torch.mm", device, matmul_step(settings, device), [[]], settings.run.seed)
+    built, step = {"bare": bare_step, "ddp": ddp_step, "engine": engine_step}[contender.kind](
+        contender, process, device
+    )
+    # DeepSpeed changes torch for the process that imports it; what it is compared with must be torch's own.
+    with_deepspeed = contender.kind == "engine" and settings.parallel.engine == "deepspeed"
+    if with_deepspeed != ("deepspeed" in sys.modules):
+        raise RuntimeError(f"{contender.name} must {'have' if with_deepspeed else 'not have'} imported deepspeed")
+    return Workload(built, device, step, random_batches(contender, process.rank, device), settings.run.seed)
+
+
+def bare_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
+    """The loop that anybody would write: what a step costs at least."""
+    settings = contender.settings
+    model = build_model(settings, settings.tokenizer.vocab_size).to(device)
+    optimizer = build_optimizer(model, settings.optimizer)
+    parameters = list(model.parameters())
+    clip_norm = settings.optimizer.clip_norm or float("inf")
+
+    def step(microbatches: Sequence[Batch]) -> float:
+        optimizer.zero_grad()
+        tokens = sum(batch.loss_tokens for batch in microbatches)
+        total = torch.zeros((), device=device)
+        for batch in microbatches:
+            loss = model(batch.inputs_BT, batch.targets_BT) / tokens
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        return float(total)
+
+    return f"loop, {type(optimizer).__name__}", step
+
+
+def ddp_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
+    """The same over several ranks, with what torch's guide to DDP advises: no needless reduction, no copy."""
+    settings = contender.settings
+    model = build_model(settings, settings.tokenizer.vocab_size).to(device)
+    optimizer = build_optimizer(model, settings.optimizer)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    parameters = list(model.parameters())
+    clip_norm = settings.optimizer.clip_norm or float("inf")
+
+    def step(microbatches: Sequence[Batch]) -> float:
+        optimizer.zero_grad()
+        tokens = sum(batch.loss_tokens for batch in microbatches) * process.world_size
+        total = torch.zeros((), device=device)
+        for batch in microbatches:
+            last = batch is microbatches[-1]
+            with nullcontext() if last else parallel.no_sync():
+                loss = parallel(batch.inputs_BT, batch.targets_BT) / tokens
+                (loss * process.world_size).backward()  # DDP takes the mean of the ranks' gradients
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        dist.all_reduce(total)
+        return float(total)
+
+    return f"{type(parallel).__name__}, {type(optimizer).__name__}", step
+
+
+def engine_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
+    """An engine as training builds it."""
+    settings = contender.settings
+    ranks = Ranks(process, settings.parallel.engine == "deepspeed", settings.parallel.timeout_s)
+    assert ranks.device == device
+    model = build_model(settings, settings.tokenizer.vocab_size)
+    optimizer = build_optimizer(model, settings.optimizer)
+    engine = build_engine(model, optimizer, settings, contender.split, ranks)
+    rate = settings.optimizer.learning_rate
+
+    def step(microbatches: Sequence[Batch]) -> float:
+        result = engine.train_step(microbatches, rate)
+        return float(result.loss)
+
+    stage = f", stage {settings.parallel.zero_stage}" if settings.parallel.engine == "deepspeed" else ""
+    return type(engine).__name__ + stage, step
+
+
+def matmul_step(settings: TrainRoot, device: torch.device) -> Step:
+    """One product of square matrices in the type that the model multiplies in."""
+    size, compute = MATMUL_SIZE[device.type], COMPUTE_TYPES[settings.precision.compute]
+    a, b = torch.randn(2, size, size, device=device).to(compute)
+    out = torch.empty_like(a)
+
+    def step(_: Sequence[Batch]) -> float:
+        torch.mm(a, b, out=out)
+        return float(out[0, 0])  # waits for the device
+
+    return step
+
+
+def random_batches(contender: Contender, rank: int, device: torch.device) -> list[list[Batch]]:
+    """`POOL` global batches of random ids, this rank's micro-batches of each, on its device."""
+    settings, split = contender.settings, contender.split
+    length = settings.data.sequence_length
+    pool = []
+    for index in range(POOL):
+        generator = torch.Generator().manual_seed(derive_seed(settings.run.seed, "bench", index))
+        shape = (split.global_batch, length + 1)
+        rows = torch.randint(0, settings.tokenizer.vocab_size, shape, generator=generator)
+        mine = rows[list(split.rows(rank))].to(device)
+        pool.append(
+            [
+                Batch(part_BT[:, :-1].contiguous(), part_BT[:, 1:].contiguous(), split.micro_batch * length)
+                for part_BT in torch.chunk(mine, split.accumulation)
+            ]
+        )
+    return pool

@@ -1,0 +1,82 @@
+"""A trained model from a run folder or a checkpoint, for whoever uses it: generation, evaluation, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptscale.checkpoint.folder import MANIFEST, list_checkpoints
+from gptscale.checkpoint.manifest import DamagedError
+from gptscale.checkpoint.read import Checkpoint, open_checkpoint
+from gptscale.config.build import build
+from gptscale.config.schema import ModelConfig, PrecisionConfig
+from gptscale.flow import Piece
+from gptscale.model.gpt import GPT
+from gptscale.runtime.errors import UserError
+from gptscale.tokenizer import Tokenizer
+
+COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Trained:
+    model: GPT
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+
+
+def load_trained(source: Path, device: torch.device, report: Callable[[str], None]) -> Trained:
+    """The model of a checkpoint, or of the newest checkpoint of a run that is whole, in evaluation mode on `device`.
+
+    Every byte that is used is compared with its checksum. A damaged checkpoint of a run is reported and the next older
+    one taken; raises UserError where there is none.
+    """
+    if (source / MANIFEST).exists():
+        return _load(source, device)
+    candidates = list_checkpoints(source / "checkpoints")
+    if not candidates:
+        raise UserError(f"{source} holds no checkpoint\nname a run folder (runs/NAME) or a checkpoint in it")
+    for path in candidates:
+        try:
+            return _load(path, device)
+        except DamagedError as error:
+            report(f"damaged checkpoint, taking the next older one: {error.path}: {error.problem}")
+    raise UserError(f"{source}: none of its {len(candidates)} checkpoints is whole\nrestore one from a copy")
+
+
+def _load(path: Path, device: torch.device) -> Trained:
+    checkpoint = open_checkpoint(path)
+    settings = checkpoint.state["settings"]
+    model = GPT(
+        build(ModelConfig, settings["model"], "model"),
+        checkpoint.state["vocab_size"],
+        settings["data"]["sequence_length"],
+        COMPUTE_TYPES[build(PrecisionConfig, settings["precision"], "precision").compute],
+    )
+    checkpoint.fill(
+        [
+            Piece(name, "weight", tuple(parameter.shape), 0, parameter.data.view(-1))
+            for name, parameter in model.named_parameters()
+        ]
+    )
+    return Trained(model.to(device).eval(), _tokenizer(checkpoint), checkpoint)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The copy in the run folder; for a checkpoint that was copied elsewhere, one that was put beside it."""
+    for folder in (checkpoint.path, checkpoint.path.parent.parent):
+        if (folder / TOKENIZER).is_file():
+            tokenizer = Tokenizer.load(folder / TOKENIZER)
+            if tokenizer.sha256 != checkpoint.state["tokenizer_sha256"]:
+                raise UserError(
+                    f"{folder / TOKENIZER} is not the tokenizer that this model was trained with\n"
+                    "put the run's own tokenizer.model beside the checkpoint"
+                )
+            return tokenizer
+    raise UserError(
+        f"{checkpoint.path} has no {TOKENIZER} with it\ncopy the run's {TOKENIZER} into the checkpoint's folder"
+    )

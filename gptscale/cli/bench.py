@@ -1,0 +1,85 @@
+"""`gptscale bench step`: what an optimizer step costs on each engine, beside a bare PyTorch loop."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from gptscale.config.compose import compose
+from gptscale.config.schema import BenchRoot
+from gptscale.launcher.ports import reserved_port
+from gptscale.runtime.errors import EXIT_DONE, EXIT_FAILED, UserError
+from gptscale.runtime.files import write_bytes_atomically
+
+SUBJECTS = {"step": "one optimizer step of every engine, beside a bare PyTorch loop over the same model"}
+
+
+def help_text() -> str:
+    from gptscale.cli.help import settings_help
+
+    return settings_help("bench", f"step: {SUBJECTS['step']}", BenchRoot, "gptscale bench step bench.output=step.json")
+
+
+def run(arguments: Sequence[str]) -> int:
+    settings = compose("bench", BenchRoot, _after_subject(arguments)).settings
+    from gptscale.bench.contender import build_contenders
+    from gptscale.bench.group import BenchError
+    from gptscale.bench.report import to_json, to_text
+    from gptscale.bench.step import bench_step
+
+    contenders = build_contenders(settings)
+    output = _writable(settings.bench.output)
+    _prepare_openmp(settings.bench.threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
+    command = f"gptscale bench {shlex.join(arguments)}"
+    with ExitStack() as ports:
+        try:
+            report = bench_step(
+                settings.bench,
+                contenders,
+                command,
+                lambda: 0 if settings.bench.ranks == 1 else ports.enter_context(reserved_port()),
+                lambda line: print(line, file=sys.stderr, flush=True),
+            )
+        except BenchError as error:
+            print(error, file=sys.stderr)
+            return EXIT_FAILED
+    if output is not None:
+        write_bytes_atomically(output, json.dumps(to_json(report), indent=1).encode() + b"\n")
+    print(to_text(report))
+    return EXIT_DONE
+
+
+def _after_subject(arguments: Sequence[str]) -> list[str]:
+    subject = arguments[0] if arguments else ""
+    if subject in SUBJECTS:
+        return list(arguments[1:])
+    near = difflib.get_close_matches(subject, SUBJECTS, n=1)
+    fix = f"did you mean 'gptscale bench {near[0]}'?" if near else f"there are: {', '.join(SUBJECTS)}"
+    if not subject or "=" in subject:
+        raise UserError(f"bench needs to know what to measure\n{fix}")
+    raise UserError(f"there is no benchmark '{subject}'\n{fix}")
+
+
+def _writable(output: str | None) -> Path | None:
+    """Where the figures go: better refused now than after minutes of measuring."""
+    if output is None:
+        return None
+    path = Path(output)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"bench.output={output} cannot be written\nname a file in a folder that exists")
+    return path
+
+
+def _prepare_openmp(threads: int) -> None:
+    """Read when the OpenMP library loads. Threads that spin while another process has its turn would disturb it."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")

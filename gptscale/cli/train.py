@@ -1,0 +1,60 @@
+"""`gptscale train`: check everything, prepare the text once, start the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptscale.config.compose import compose
+from gptscale.config.rules import check_local_launch
+from gptscale.config.schema import DataConfig, LaunchConfig, TrainRoot
+from gptscale.launcher.local import launch_local
+from gptscale.runtime.hardware import usable_cores
+from gptscale.train.check import check_run
+
+
+def help_text() -> str:
+    from gptscale.cli.help import settings_help
+
+    return settings_help(
+        "train",
+        "shards → checkpoints; starts its own ranks, resumes where it stopped",
+        TrainRoot,
+        "gptscale train experiment=tiny launch.ranks=2 parallel.zero_stage=2",
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    settings = compose("train", TrainRoot, arguments).settings
+    check_run(settings, settings.launch.ranks)
+    check_local_launch(settings)
+    if settings.data.path is None:
+        from gptscale.cli.progress import prepare_progress
+        from gptscale.data.prepare import ensure_prepared
+
+        ensure_prepared(settings.data, settings.tokenizer, prepare_progress())
+    else:
+        check_prepared(settings.data)
+    assert settings.run.dir is not None
+    return launch_local(
+        "gptscale.train",
+        arguments,
+        ranks=settings.launch.ranks,
+        threads=threads_per_rank(settings.launch),
+        logs=Path(settings.run.dir) / "logs",
+        stop_timeout_s=settings.launch.stop_timeout_s,
+    )
+
+
+def threads_per_rank(launch: LaunchConfig) -> int:
+    return launch.threads or max(1, usable_cores() // launch.ranks)
+
+
+def check_prepared(data: DataConfig) -> None:
+    """Refuse a `data.path` that ranks could not train on, before any is started or a run folder made."""
+    from gptscale.data.corpus import open_split
+
+    assert data.path is not None
+    for folder in [data.path] if isinstance(data.path, str) else [corpus.path for corpus in data.path]:
+        open_split(Path(folder), "train")
+        open_split(Path(folder), "heldout")

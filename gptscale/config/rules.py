@@ -1,0 +1,153 @@
+"""What must hold between settings, checked before anything starts and again in the workers. Pure, no torch.
+
+Each rule refuses with one UserError that names the key and the fix.
+"""
+
+from __future__ import annotations
+
+from gptscale.config.schema import ModelConfig, TrainRoot
+from gptscale.runtime.errors import UserError
+from gptscale.topology import BatchSplit, Topology, split_batch
+
+
+def check(settings: TrainRoot, world_size: int) -> BatchSplit:
+    """Check every rule for a run on `world_size` ranks; returns how its global batch is cut."""
+    check_model(settings.model)
+    _check_ranges(settings)
+    _check_length(settings)
+    _check_engine(settings, world_size)
+    try:
+        topology = Topology(
+            world_size,
+            pipeline=settings.parallel.pipeline,
+            sequence=settings.parallel.sequence,
+            tensor=settings.parallel.tensor,
+            expert=settings.parallel.expert,
+        )
+        return split_batch(settings.train.global_batch, settings.train.micro_batch, topology.data)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_model(model: ModelConfig) -> None:
+    _at_least("model.layers", model.layers, 1)
+    _at_least("model.heads", model.heads, 1)
+    _at_least("model.width", model.width, 1)
+    _at_least("model.vocab_multiple", model.vocab_multiple, 1)
+    _at_least("model.loss_chunk", model.loss_chunk, 1)
+    if model.width % model.heads:
+        below, above = model.width // model.heads * model.heads, -(-model.width // model.heads) * model.heads
+        raise UserError(
+            f"model.heads={model.heads} does not divide model.width={model.width}\n"
+            f"use model.width={below or above} or {above}, or model.heads={_nearest_divisor(model.width, model.heads)}"
+        )
+    kv_heads = model.heads if model.kv_heads is None else model.kv_heads
+    _at_least("model.kv_heads", kv_heads, 1)
+    if model.feedforward_width is not None:
+        _at_least("model.feedforward_width", model.feedforward_width, 1)
+    for name in ("rope_theta", "norm_epsilon", "init_std"):
+        _above_zero(f"model.{name}", getattr(model, name), str(getattr(ModelConfig, name)))
+    if model.heads % kv_heads:
+        raise UserError(
+            f"model.kv_heads={kv_heads} does not divide model.heads={model.heads}\n"
+            f"use model.kv_heads={_nearest_divisor(model.heads, kv_heads)}"
+        )
+    if model.positions == "rope" and (model.width // model.heads) % 2:
+        raise UserError(
+            f"model.positions=rope rotates pairs, but model.width / model.heads = {model.width // model.heads} is odd\n"
+            "use an even head width"
+        )
+    if not 0 <= model.dropout < 1:
+        raise UserError(
+            f"model.dropout={model.dropout} is not a probability below 1\nuse a value from 0 up to 1, e.g. 0.1"
+        )
+
+
+def check_local_launch(settings: TrainRoot) -> None:
+    """For whoever is about to start the ranks on this host; other launchers bring their own hosts."""
+    if settings.launch.nodes != 1:
+        raise UserError(
+            f"launch.nodes={settings.launch.nodes}, but launch=local starts ranks on this host only\n"
+            "start one worker a rank with srun or torchrun (see launch/), or use launch.nodes=1"
+        )
+
+
+def run_steps(settings: TrainRoot) -> int:
+    """Length of the run in optimizer steps; tokens are rounded up to whole steps."""
+    if settings.train.steps is not None:
+        return settings.train.steps
+    assert settings.train.tokens is not None
+    return -(-settings.train.tokens // tokens_per_step(settings))
+
+
+def tokens_per_step(settings: TrainRoot) -> int:
+    return settings.train.global_batch * settings.data.sequence_length
+
+
+def _check_ranges(settings: TrainRoot) -> None:
+    _at_least("train.global_batch", settings.train.global_batch, 1)
+    _at_least("train.micro_batch", settings.train.micro_batch, 1)
+    _at_least("data.sequence_length", settings.data.sequence_length, 1)
+    _at_least("checkpoint.every_steps", settings.checkpoint.every_steps, 1)
+    _at_least("checkpoint.keep", settings.checkpoint.keep, 2)
+    _at_least("launch.ranks", settings.launch.ranks, 1)
+    _at_least("evaluation.every_steps", settings.evaluation.every_steps, 0)
+    _at_least("evaluation.sequences", settings.evaluation.sequences, 0)
+    _at_least("guard.max_skipped_steps", settings.guard.max_skipped_steps, 1)
+    _at_least("logging.print_every_steps", settings.logging.print_every_steps, 1)
+    _at_least("schedule.warmup_tokens", settings.schedule.warmup_tokens, 0)
+    _at_least("schedule.final_ratio", settings.schedule.final_ratio, 0)
+    _at_least("optimizer.clip_norm", settings.optimizer.clip_norm, 0)
+    _at_least("optimizer.weight_decay", settings.optimizer.weight_decay, 0)
+    _at_least("optimizer.epsilon", settings.optimizer.epsilon, 0)
+    _above_zero("optimizer.learning_rate", settings.optimizer.learning_rate, "6e-4")
+    _above_zero("parallel.timeout_s", settings.parallel.timeout_s, "600")
+    _above_zero("launch.stop_timeout_s", settings.launch.stop_timeout_s, "60")
+    if settings.launch.threads is not None:
+        _at_least("launch.threads", settings.launch.threads, 1)
+    for name in ("beta1", "beta2"):
+        beta = getattr(settings.optimizer, name)
+        if not 0 <= beta < 1:
+            raise UserError(f"optimizer.{name}={beta} is not a share below 1\nuse a value from 0 up to 1, e.g. 0.95")
+
+
+def _check_length(settings: TrainRoot) -> None:
+    steps, tokens = settings.train.steps, settings.train.tokens
+    if (steps is None) == (tokens is None):
+        state = "both set" if steps is not None else "neither set"
+        raise UserError(f"the run's length is train.steps or train.tokens: {state}\nset one and leave the other null")
+    _at_least("train.steps" if steps is not None else "train.tokens", steps if steps is not None else tokens or 0, 1)
+    if settings.schedule.total_steps is not None:
+        _at_least("schedule.total_steps", settings.schedule.total_steps, 1)
+
+
+def _check_engine(settings: TrainRoot, world_size: int) -> None:
+    parallel = settings.parallel
+    if parallel.zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"parallel.zero_stage={parallel.zero_stage} is not known\nchoose 0, 1, 2 or 3")
+    for axis in ("pipeline", "tensor", "sequence", "expert"):
+        if getattr(parallel, axis) != 1:
+            raise UserError(
+                f"parallel.{axis}={getattr(parallel, axis)}: this version trains with data parallelism and ZeRO\n"
+                f"use parallel.{axis}=1 and choose parallel.zero_stage=0, 1, 2 or 3"
+            )
+    if parallel.engine == "plain" and world_size > 1:
+        raise UserError(
+            f"parallel.engine=plain is one process, but the run has {world_size} ranks\n"
+            "use launch.ranks=1 or parallel.engine=deepspeed"
+        )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))
+
+
+def _above_zero(key: str, value: float, example: str) -> None:
+    if not value > 0:
+        raise UserError(f"{key}={value} must be above 0\nset it, e.g. {key}={example}")
+
+
+def _at_least(key: str, value: float, least: int) -> None:
+    if value < least:
+        raise UserError(f"{key}={value} is below {least}\nset {key}={least} or more")

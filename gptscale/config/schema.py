@@ -1,0 +1,283 @@
+"""Every setting there is, typed: one dataclass a Hydra group. Values are checked in `build` and `rules`; no torch here.
+
+A `None` default means "derived": the text below it says from what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str | None = None
+    """Default: the chosen experiment's name. Never a time: starting a run again must find it again."""
+    dir: str | None = None
+    """Default: `runs/<name>`."""
+    resume: str = "auto"
+    """`auto`, `never`, or the path of a checkpoint."""
+    seed: int = 0
+    deterministic: bool = False
+    """Refuse kernels whose result depends on timing (GPU; on a CPU everything is deterministic anyway)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int | None = None
+    """Grouped-query attention: key/value heads. Default: `heads`."""
+    feedforward_width: int | None = None
+    """Default: 4 · width for GELU; 8/3 · width for SwiGLU (equal parameters), rounded up to a multiple of 32."""
+    positions: Literal["learned", "rope"] = "learned"
+    rope_theta: float = 10_000.0
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_epsilon: float = 1e-5
+    feedforward: Literal["gelu", "swiglu"] = "gelu"
+    bias: bool = True
+    """Biases on projections (and on LayerNorm)."""
+    tied_embeddings: bool = True
+    dropout: float = 0.0
+    init_std: float = 0.02
+    """Normal init; projections into the residual stream are scaled by 1/√(2·layers) (GPT-2, section 2.3)."""
+    vocab_multiple: int = 128
+    """The vocabulary is padded up to a multiple of this, in every layout; export cuts the padding off."""
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at one time. Changes memory and speed, not the result beyond float order."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    vocab_size: int = 4096
+    """Pieces, special tokens and the 256 byte pieces included."""
+    path: str | None = None
+    """A trained `tokenizer.model` to use in place of training one."""
+    training_bytes: int = 20_000_000
+    """Most text to train the tokenizer on: documents are sampled evenly over the corpus until this much is taken."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Text to prepare."""
+
+    path: str = ""
+    """A file, a folder, a glob, a Hugging Face dataset (`format=huggingface`), or unused (`stdlib`, `debian`)."""
+    format: Literal["auto", "jsonl", "parquet", "text", "files", "huggingface", "stdlib", "debian"] = "auto"
+    weight: float = 1.0
+    text_key: str = "text"
+    """The field that holds the text (jsonl, parquet, huggingface)."""
+    split: str = "train"
+    """huggingface only."""
+    subset: str | None = None
+    """huggingface only: the configuration name."""
+    pattern: str = "**/*"
+    """files and stdlib: glob below `path`, or below the library's folder."""
+    licence: str = "unstated"
+    """Recorded in the manifest."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """A prepared folder to read, and its share of the samples."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[SourceConfig, ...] = ()
+    path: str | tuple[CorpusConfig, ...] | None = None
+    """Prepared shards. Unset: `sources` are prepared once, under `corpora_dir`."""
+    corpora_dir: str = "corpora"
+    sequence_length: int = 256
+    heldout_fraction: float = 0.02
+    """Documents held out for evaluation, chosen by a hash of each document's identity."""
+    shard_tokens: int = 134_217_728
+    """Most tokens a shard holds (256 MiB of uint16)."""
+    workers: int | None = None
+    """Processes that tokenise. Default: the number of usable cores. Never changes the result."""
+    verify: bool = False
+    """Hash every shard before training; sizes are always checked."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    """`plain`: one process and nothing else, the reference that every layout is compared with."""
+    zero_stage: int = 1
+    pipeline: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    expert: int = 1
+    activation_checkpointing: Literal["none", "full"] = "none"
+    timeout_s: float = 600.0
+    """How long a collective may wait for a peer before the run ends with an error."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """Type of activations and matrix products. Weights, gradients and optimizer state are kept in fp32."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices only: no decay on norms, biases and position tables."""
+    clip_norm: float = 1.0
+    """0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: str = "cosine"
+    warmup_tokens: int = 0
+    """The learning rate rises linearly over these tokens."""
+    final_ratio: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    total_steps: int | None = None
+    """Where the schedule ends. Default: the run's own length."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int | None = None
+    tokens: int | None = None
+    """Length of the run: one of the two. `tokens` is rounded up to whole steps."""
+    global_batch: int = 32
+    """Sequences an optimizer step."""
+    micro_batch: int = 4
+    """Sequences a rank holds in memory at once."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every_steps: int = 0
+    """0: at the end only."""
+    sequences: int = 256
+    """Held-out sequences to use, from the start of the held-out part; 0 uses all of them."""
+    bigram: bool = False
+    """At the end, print beside the held-out loss that of an interpolated bigram model fitted to the same tokens."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    max_skipped_steps: int = 10
+    """Updates in a row that may be skipped because the gradient was not finite, before the run stops with exit 3."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    name: Literal["local", "wandb"] = "local"
+    project: str = "gptscale"
+    print_every_steps: int = 10
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    kind: Literal["local"] = "local"
+    ranks: int = 1
+    nodes: int = 1
+    threads: int | None = None
+    """OpenMP threads a rank on a CPU. Default: usable cores ÷ ranks on this host, at least 1."""
+    stop_timeout_s: float = 60.0
+    """How long ranks may take to save after a request to stop."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_k: int = 0
+    """0: no limit."""
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    stream: bool = True
+    cache: bool = True
+    window: int | None = None
+    """Most tokens the model looks back on. Default: the length it was trained on; more is possible with RoPE only."""
+
+
+@dataclass(frozen=True)
+class TrainRoot:
+    """What `gptscale train` reads."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+@dataclass(frozen=True)
+class PrepareRoot(TrainRoot):
+    """What `gptscale prepare` reads: a training's settings, so that it prepares what that training would."""
+
+    target: str | None = None
+    """Folder to write. Default: where `train` looks for the same sources."""
+
+
+@dataclass(frozen=True)
+class GenerateRoot:
+    """What `gptscale generate` reads."""
+
+    source: str = ""
+    """A run folder or a checkpoint."""
+    prompt: str | tuple[str, ...] = ""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """How `gptscale bench step` measures."""
+
+    rounds: int = 7
+    """Rounds in which every contender has one turn."""
+    steps_per_turn: int = 2
+    """Optimizer steps of a turn."""
+    warmup_steps: int = 2
+    """Optimizer steps of every contender before the first round, not counted."""
+    ranks: int = 1
+    """Ranks of every contender, on this host. 1: beside a bare loop. More: ZeRO stages beside torch's DDP."""
+    threads: int = 1
+    """OpenMP threads of a rank."""
+    contenders: tuple[str, ...] = ()
+    """Default: all there are for this many ranks."""
+    output: str | None = None
+    """A JSON file for the figures and every sample."""
+
+
+@dataclass(frozen=True)
+class BenchRoot(TrainRoot):
+    """What `gptscale bench` reads: a training's settings, so that it measures the step that training would take.
+
+    `parallel.engine`, `parallel.zero_stage` and `launch` belong to the contenders, the run's length to `bench`; text is
+    not read: token ids are drawn at random, of `tokenizer.vocab_size`.
+    """
+
+    bench: BenchConfig = field(default_factory=BenchConfig)

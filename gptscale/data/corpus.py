@@ -1,0 +1,145 @@
+"""Open prepared text, and refuse what is unfinished, damaged or somebody else's before a single step is taken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptscale.data.shards import (
+    END_DTYPE,
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    Split,
+    end_file,
+    file_xxh3_128,
+    token_dtype,
+    token_file,
+)
+from gptscale.flow import Shard
+from gptscale.runtime.errors import UserError
+from gptscale.tokenizer import Tokenizer
+
+_AGAIN = "prepare the text again (`gptscale prepare`) into a new folder, or copy the file again"
+_CHECK_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One split of a prepared folder, checked. Build one with `open_split`."""
+
+    folder: Path
+    """The prepared folder; shards lie in `folder / split`."""
+    split: Split
+    manifest: Manifest
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / TOKENIZER
+
+    def token_path(self, shard: Shard) -> Path:
+        return self.folder / self.split / token_file(shard)
+
+    def end_path(self, shard: Shard) -> Path:
+        return self.folder / self.split / end_file(shard)
+
+
+def open_split(folder: Path, split: Split, verify: bool = False) -> Corpus:
+    """Open `train` or `heldout` of a prepared folder.
+
+    Always checks that each file is there with the size, type and length that the manifest records, and that the
+    tokenizer is the one that made the ids. With `verify` reads every file: hashes, ids within the vocabulary, document
+    ends in order. Raises UserError naming the first file that is wrong.
+    """
+    corpus = Corpus(folder, split, read_manifest(folder, split))
+    tokenizer = Tokenizer.load(corpus.tokenizer_path)
+    if tokenizer.sha256 != corpus.manifest.tokenizer_sha256:
+        raise UserError(
+            f"{corpus.tokenizer_path}: not the tokenizer that {folder / split} was made with (sha256 differs)\n{_AGAIN}"
+        )
+    _check_listed(corpus)
+    for shard in corpus.manifest.shards:
+        _check_file(corpus.token_path(shard), shard.token_bytes, np.dtype(corpus.manifest.dtype), shard.tokens)
+        _check_file(corpus.end_path(shard), shard.end_bytes, END_DTYPE, shard.documents)
+    if verify:
+        for shard in corpus.manifest.shards:
+            _verify(corpus, shard)
+    return corpus
+
+
+def read_manifest(folder: Path, split: Split) -> Manifest:
+    """The manifest of a split, checked for its version and sense. Raises UserError."""
+    path = folder / split / MANIFEST
+    try:
+        text = path.read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "no such folder" if not folder.exists() else f"{path} is missing: not prepared text, or not finished"
+        raise UserError(f"{folder}: {what}\nprepare the text with `gptscale prepare`, or correct data.path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: damaged (no UTF-8)\n{_AGAIN}") from error
+    try:
+        version = json.loads(text)["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format version {version}, and this gptscale reads version {FORMAT_VERSION}\n"
+                "prepare the text again, or use the version of gptscale that wrote it"
+            )
+        manifest = Manifest.parse(text)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})\n{_AGAIN}") from error
+    shards = manifest.shards
+    if (
+        manifest.split != split
+        or manifest.dtype != token_dtype(manifest.vocab_size).str
+        or manifest.tokens != sum(shard.tokens for shard in shards)
+        or not shards
+    ):
+        raise UserError(f"{path}: contradicts itself or lies in the wrong folder\n{_AGAIN}")
+    return manifest
+
+
+def _check_listed(corpus: Corpus) -> None:
+    """A shard that the manifest does not list came from elsewhere; somebody believes that it counts."""
+    listed = {name for shard in corpus.manifest.shards for name in (token_file(shard), end_file(shard))}
+    folder = corpus.folder / corpus.split
+    for path in sorted(folder.glob("*.npy")):
+        if path.name not in listed:
+            raise UserError(f"{path}: a shard that {folder / MANIFEST} does not list\nremove it; {_AGAIN}")
+
+
+def _check_file(path: Path, size: int, dtype: np.dtype[np.generic], count: int) -> None:
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing\n{_AGAIN}") from error
+    if found != size:
+        raise UserError(f"{path}: {found} bytes where the manifest says {size}\n{_AGAIN}")
+    try:
+        header = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"{path}: not a .npy file ({error})\n{_AGAIN}") from error
+    if header.dtype != dtype or header.shape != (count,):
+        raise UserError(f"{path}: {header.dtype} {header.shape} where the manifest says {dtype} ({count},)\n{_AGAIN}")
+
+
+def _verify(corpus: Corpus, shard: Shard) -> None:
+    token_path, end_path = corpus.token_path(shard), corpus.end_path(shard)
+    for path, digest in ((token_path, shard.token_xxh3_128), (end_path, shard.end_xxh3_128)):
+        if file_xxh3_128(path) != digest:
+            raise UserError(f"{path}: damaged: its content is not what the manifest recorded (xxh3-128)\n{_AGAIN}")
+    tokens = np.load(token_path, mmap_mode="r", allow_pickle=False)
+    for start in range(0, len(tokens), _CHECK_TOKENS):
+        largest = int(tokens[start : start + _CHECK_TOKENS].max())
+        if largest >= corpus.manifest.vocab_size:
+            raise UserError(
+                f"{token_path}: token id {largest} outside the vocabulary of {corpus.manifest.vocab_size}\n{_AGAIN}"
+            )
+    ends = np.load(end_path, mmap_mode="r", allow_pickle=False)
+    if int(ends[-1]) != shard.tokens or int(ends[0]) == 0 or bool((ends[1:] <= ends[:-1]).any()):
+        raise UserError(f"{end_path}: document ends are not in order up to {shard.tokens}\n{_AGAIN}")

@@ -1,0 +1,111 @@
+"""Held-out text as evaluation batches: every sequence once, and as many batches on every rank.
+
+Shape legend: B sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gptscale.data.corpus import open_split
+from gptscale.data.order import Ints
+from gptscale.data.rows import RowReader
+from gptscale.flow import IGNORED_TARGET, Batch
+from gptscale.runtime.errors import UserError
+from gptscale.tokenizer import Tokenizer
+
+_ROWS_AT_ONCE = 1024
+
+
+class HeldoutBatches:
+    """The evaluation batches of one data rank. Iterate over it as often as needed; it reads as it goes.
+
+    The first `limit_sequences` rows of the held-out part in order (0: all), each shard's shorter last row included with
+    the missing targets ignored. Every rank gets the same number of batches of the same shape, because under ZeRO-3
+    and in a pipeline all ranks have to run forward together: where sequences run out, rows whose every target is
+    ignored fill up. A mean loss must therefore be weighted by `Batch.loss_tokens`, over batches and over ranks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sequence_length: int,
+        micro_batch: int,
+        limit_sequences: int,
+        data_rank: int,
+        data_ranks: int,
+    ) -> None:
+        """`folder` is a prepared folder. Raises UserError where its held-out part is damaged or empty."""
+        self._reader = heldout_rows(folder, sequence_length)
+        self._micro_batch = micro_batch
+        self._data_rank = data_rank
+        self._data_ranks = data_ranks
+        self.sequences = heldout_count(self._reader, limit_sequences)
+        """Sequences used, on all ranks together."""
+        self.batches = math.ceil(self.sequences / (micro_batch * data_ranks))
+        """Batches that each rank iterates over."""
+        self.loss_tokens, self.text_bytes = self._totals()
+        """Targets, and bytes of the text that they stand for, over all sequences and ranks."""
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(self.batches):
+            first = (number * self._data_ranks + self._data_rank) * self._micro_batch
+            yield self._batch(np.arange(first, min(first + self._micro_batch, self.sequences), dtype=np.int64))
+
+    def bits_per_byte(self, mean_loss: float) -> float:
+        """From the mean loss over all targets in nats per token; comparable between tokenizers. NaN for no text."""
+        if not self.text_bytes:
+            return math.nan
+        return mean_loss * self.loss_tokens / (math.log(2) * self.text_bytes)
+
+    def _batch(self, numbers: Ints) -> Batch:
+        rows_BT, targets = self._reader.read(numbers)
+        length = rows_BT.shape[1] - 1
+        end_of_text = self._reader.corpus.manifest.end_of_text
+        inputs_BT = np.full((self._micro_batch, length), end_of_text, dtype=np.int64)
+        targets_BT = np.full((self._micro_batch, length), IGNORED_TARGET, dtype=np.int64)
+        inputs_BT[: len(rows_BT)] = rows_BT[:, :-1]
+        real_BT = np.arange(length) < targets[:, None]
+        targets_BT[: len(rows_BT)] = np.where(real_BT, rows_BT[:, 1:].astype(np.int64), IGNORED_TARGET)
+        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), loss_tokens=int(targets.sum()))
+
+    def _totals(self) -> tuple[int, int]:
+        byte_lengths = Tokenizer.load(self._reader.corpus.tokenizer_path).byte_lengths()
+        loss_tokens = text_bytes = 0
+        for first in range(0, self.sequences, _ROWS_AT_ONCE):
+            numbers = np.arange(first, min(first + _ROWS_AT_ONCE, self.sequences), dtype=np.int64)
+            rows_NT, targets = self._reader.read(numbers)
+            # What fills up a short row is end_of_text, which stands for no bytes.
+            text_bytes += int(byte_lengths[rows_NT[:, 1:]].sum())
+            loss_tokens += int(targets.sum())
+        return loss_tokens, text_bytes
+
+
+def heldout_rows(folder: Path, sequence_length: int) -> RowReader:
+    """The rows of the held-out part, short ones included. Raises UserError where there is not one target."""
+    reader = RowReader(open_split(folder, "heldout"), sequence_length, keep_tails=True)
+    if reader.count == 0:
+        raise UserError(
+            f"{folder}/heldout: too little text to evaluate on\nprepare with a larger data.heldout_fraction"
+        )
+    return reader
+
+
+def heldout_count(reader: RowReader, limit_sequences: int) -> int:
+    """How many of the rows an evaluation uses: the first `limit_sequences`, or all for 0."""
+    return min(reader.count, limit_sequences) if limit_sequences else reader.count
+
+
+def heldout_batches(
+    folder: Path, sequence_length: int, micro_batch: int, limit_sequences: int, data_rank: int, data_ranks: int
+) -> HeldoutBatches:
+    """This rank's evaluation batches over a prepared folder; see `HeldoutBatches`."""
+    return HeldoutBatches(folder, sequence_length, micro_batch, limit_sequences, data_rank, data_ranks)

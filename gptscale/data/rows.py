@@ -1,0 +1,77 @@
+"""Read sequences out of shards by position: nothing is mapped, so memory stays the same however much is read.
+
+A row is `sequence_length + 1` tokens: row k of a shard is tokens[k·L : k·L+L+1], inputs all but its last token and
+targets all but its first, so that neighbours share one token, and every token but a shard's first is a target once.
+
+Shape legend: N rows, T = sequence_length inputs of a row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptscale.data.corpus import Corpus
+from gptscale.data.order import Ints
+from gptscale.runtime.errors import UserError
+
+_MOST_OPEN_FILES = 128
+
+
+class RowReader:
+    """The rows of one split. `keep_tails` adds each shard's last, shorter row, filled up with end_of_text."""
+
+    def __init__(self, corpus: Corpus, sequence_length: int, keep_tails: bool = False) -> None:
+        self.corpus = corpus
+        self._length = sequence_length
+        self._dtype: np.dtype[Any] = np.dtype(corpus.manifest.dtype)
+        self._shard_tokens = np.array([shard.tokens for shard in corpus.manifest.shards], dtype=np.int64)
+        per_shard = (self._shard_tokens - 1 + (sequence_length - 1 if keep_tails else 0)) // sequence_length
+        self._first_row = np.concatenate([[0], np.cumsum(np.maximum(per_shard, 0))])
+        self.count = int(self._first_row[-1])
+        """Rows there are."""
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, rows: Ints) -> tuple[npt.NDArray[Any], Ints]:
+        """Token ids [N, T+1] in the corpus's own type, and how many targets of each row are real [N].
+
+        Raises UserError where a file has become shorter since it was opened.
+        """
+        shard = np.searchsorted(self._first_row, rows, side="right") - 1
+        start = (rows - self._first_row[shard]) * self._length
+        tokens = np.minimum(self._length + 1, self._shard_tokens[shard] - start)
+        out_NT = np.empty((len(rows), self._length + 1), dtype=self._dtype)
+        for row, (number, first, count) in enumerate(zip(shard.tolist(), start.tolist(), tokens.tolist(), strict=True)):
+            self._read_into(out_NT[row, :count], number, first)
+            out_NT[row, count:] = self.corpus.manifest.end_of_text
+        return out_NT, tokens - 1
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _read_into(self, target: npt.NDArray[Any], number: int, first: int) -> None:
+        shard = self.corpus.manifest.shards[number]
+        header_bytes = shard.token_bytes - shard.tokens * self._dtype.itemsize
+        offset = header_bytes + first * self._dtype.itemsize
+        got = os.preadv(self._file(number), [target.data], offset)
+        if got != target.nbytes:
+            raise UserError(
+                f"{self.corpus.token_path(shard)}: ends before byte {offset + target.nbytes}\n"
+                "it became shorter while in use: restore it and start the run again"
+            )
+
+    def _file(self, number: int) -> int:
+        if number in self._files:
+            self._files.move_to_end(number)
+            return self._files[number]
+        if len(self._files) >= _MOST_OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        path = self.corpus.token_path(self.corpus.manifest.shards[number])
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._files[number] = descriptor
+        return descriptor

@@ -1,0 +1,224 @@
+"""The format of prepared text: a folder a split, holding shards and, written last, the manifest that makes them count.
+
+    <prepared>/tokenizer.model
+    <prepared>/train/shard-00000.tok.npy    token ids, 1-D uint16 (uint32 where the vocabulary needs it)
+    <prepared>/train/shard-00000.end.npy    document ends, 1-D uint64, exclusive; the last equals the number of tokens
+    <prepared>/train/manifest.json
+    <prepared>/heldout/…                    the same
+
+A shard ends with a document; only a document longer than a whole shard is cut. Plain `numpy.load` reads both files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from gptscale.flow import Shard
+from gptscale.runtime.files import write_bytes_atomically
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, Split] = ("train", "heldout")
+
+_HEADER_BYTES = 128
+_COPY_BYTES = 1 << 20
+END_DTYPE = np.dtype("<u8")
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What one part of the sources gave to a split, and where it came from."""
+
+    name: str
+    source: str
+    licence: str
+    version: str
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a split holds. `text_bytes` counts UTF-8 bytes of text, without the tokens that end documents."""
+
+    split: Split
+    tokenizer_sha256: str
+    vocab_size: int
+    end_of_text: int
+    dtype: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    shards: tuple[Shard, ...]
+    parts: tuple[PartRecord, ...]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def identity(self) -> str:
+        """sha256 of the canonical JSON of all that decides the samples: everything but `parts`, which says whence
+        the text came, so that the same text prepared from another folder is the same corpus."""
+        content = {key: value for key, value in asdict(self).items() if key != "parts"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        write_bytes_atomically(folder / MANIFEST, text.encode())
+
+    @classmethod
+    def parse(cls, text: str) -> Manifest:
+        """Raises ValueError, KeyError or TypeError where `text` is no manifest."""
+        fields: dict[str, Any] = json.loads(text)
+        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+        fields["parts"] = tuple(PartRecord(**part) for part in fields["parts"])
+        return cls(**fields)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type that holds every id of the vocabulary."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def token_file(shard: Shard) -> str:
+    return f"{shard.name}.tok.npy"
+
+
+def end_file(shard: Shard) -> str:
+    return f"{shard.name}.end.npy"
+
+
+def file_xxh3_128(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_COPY_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes documents one after the other into shards of at most `shard_tokens` tokens.
+
+    A context: leaving it closes the files whatever happened, so that a full disk gets its space back at once.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self.shards: list[Shard] = []
+        self._folder = folder
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
+        self._tokens: _NpyFile | None = None
+        self._ends: _NpyFile | None = None
+
+    def append(self, tokens: BinaryIO, ends: npt.NDArray[np.uint64]) -> None:
+        """Read documents from the raw token file `tokens`, at its current place; `ends` are theirs, from that place."""
+        document, done = 0, 0
+        while document < len(ends):
+            token_out, end_out = self._open()
+            room = self._shard_tokens - token_out.count
+            fitting = int(np.searchsorted(ends, done + room, side="right"))
+            if fitting > document:
+                stop = int(ends[fitting - 1])
+                end_out.write(ends[document:fitting] - np.uint64(done) + np.uint64(token_out.count))
+                token_out.copy(tokens, stop - done)
+                document, done = fitting, stop
+            elif token_out.count:
+                self._close()
+            else:  # longer than a whole shard
+                end_out.write(np.array([room], dtype=END_DTYPE))
+                token_out.copy(tokens, room)
+                done += room
+                self._close()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._tokens, self._ends):
+            if file is not None:
+                file.abandon()
+
+    def finish(self) -> tuple[Shard, ...]:
+        """Close the last shard and return the records of all; everything written has reached the disk."""
+        self._close()
+        return tuple(self.shards)
+
+    def _open(self) -> tuple[_NpyFile, _NpyFile]:
+        if self._tokens is None or self._ends is None:
+            name = f"shard-{len(self.shards):05d}"
+            self._tokens = _NpyFile(self._folder / f"{name}.tok.npy", self._dtype)
+            self._ends = _NpyFile(self._folder / f"{name}.end.npy", END_DTYPE)
+        return self._tokens, self._ends
+
+    def _close(self) -> None:
+        if self._tokens is None or self._ends is None:
+            return
+        tokens, ends = self._tokens, self._ends
+        self._tokens = self._ends = None
+        for file in (tokens, ends):
+            file.close()
+        self.shards.append(
+            Shard(
+                name=f"shard-{len(self.shards):05d}",
+                tokens=tokens.count,
+                documents=ends.count,
+                token_bytes=tokens.path.stat().st_size,
+                end_bytes=ends.path.stat().st_size,
+                token_xxh3_128=file_xxh3_128(tokens.path),
+                end_xxh3_128=file_xxh3_128(ends.path),
+            )
+        )
+
+
+class _NpyFile:
+    """A 1-D .npy file that grows: the header, of fixed size, is written when the length is known."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path = path
+        self.count = 0
+        self._dtype = dtype
+        self._file = path.open("wb")
+        self._file.write(b"\0" * _HEADER_BYTES)
+
+    def write(self, values: npt.NDArray[Any]) -> None:
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
+        self.count += len(values)
+
+    def copy(self, source: BinaryIO, count: int) -> None:
+        """Append `count` raw values read from `source`."""
+        left = count * self._dtype.itemsize
+        while left:
+            block = source.read(min(left, _COPY_BYTES))
+            assert block, f"{source.name} is shorter than its document ends say"
+            self._file.write(block)
+            left -= len(block)
+        self.count += count
+
+    def abandon(self) -> None:
+        """Close the file as it is: without a header nobody takes it for a shard."""
+        with contextlib.suppress(OSError):  # what is still buffered need not fit the disk
+            self._file.close()
+
+    def close(self) -> None:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": self._dtype.str, "fortran_order": False, "shape": (self.count,)}
+        )
+        assert header.tell() == _HEADER_BYTES
+        with self._file:
+            self._file.seek(0)
+            self._file.write(header.getvalue())
+            self._file.flush()
+            os.fsync(self._file.fileno())

@@ -1,0 +1,200 @@
+"""Prepared text as training batches: the rows of any positions, and a feed that keeps a few steps ahead.
+
+Shape legend: N positions, B sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from gptscale.config.schema import CorpusConfig
+from gptscale.data.corpus import Corpus, open_split
+from gptscale.data.order import ALGORITHM, Ints, Located, SampleOrder
+from gptscale.data.rows import RowReader
+from gptscale.flow import Batch
+from gptscale.runtime.errors import UserError
+from gptscale.topology import BatchSplit
+
+_STEPS_AHEAD = 4
+_WINDOW = 4096
+
+
+class TrainingStream:
+    """The endless sequence of training samples: position → row, the same for every rank and layout."""
+
+    def __init__(
+        self, corpora: tuple[CorpusConfig, ...], sequence_length: int, seed: int, verify: bool = False
+    ) -> None:
+        """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError."""
+        opened = [open_split(Path(corpus.path), "train", verify) for corpus in corpora]
+        _refuse_mixed_tokenizers(opened)
+        self._readers = [RowReader(corpus, sequence_length) for corpus in opened]
+        for corpus, reader in zip(opened, self._readers, strict=True):
+            if reader.count == 0:
+                raise UserError(
+                    f"{corpus.folder}: no shard holds one sample of data.sequence_length={sequence_length} tokens\n"
+                    "set a shorter data.sequence_length, or prepare more text"
+                )
+        total_weight = sum(corpus.weight for corpus in corpora)
+        shares = tuple(corpus.weight / total_weight for corpus in corpora)
+        order = SampleOrder(tuple(reader.count for reader in self._readers), shares, seed)
+        self._window = lru_cache(maxsize=4)(lambda number: order.locate(np.arange(_WINDOW) + number * _WINDOW))
+        self.sequence_length = sequence_length
+        self.vocab_size: int = opened[0].manifest.vocab_size
+        self.end_of_text: int = opened[0].manifest.end_of_text
+        self.tokenizer_path: Path = opened[0].tokenizer_path
+        self.samples_per_epoch: int = sum(reader.count for reader in self._readers)
+        """Samples of all corpora together; of one corpus, the positions after which it is read again in a new order."""
+        self.identity: dict[str, Any] = {
+            "algorithm": ALGORITHM,
+            "seed": seed,
+            "sequence_length": sequence_length,
+            "corpora": [
+                {"manifest": corpus.manifest.identity, "share": share}
+                for corpus, share in zip(opened, shares, strict=True)
+            ],
+        }
+        """All that decides which tokens a position gives: runs with equal identities see equal samples. JSON."""
+
+    def rows(self, positions: Ints) -> npt.NDArray[Any]:
+        """Token ids of the samples at `positions` [N]: [N, T+1], uint16 or uint32 as stored."""
+        located = self._located(positions)
+        if len(self._readers) == 1:
+            return self._readers[0].read(located.sample)[0]
+        out_NT = np.empty((len(positions), self.sequence_length + 1), dtype=self._readers[0].corpus.manifest.dtype)
+        for number in np.unique(located.corpus).tolist():
+            of_corpus = located.corpus == number
+            out_NT[of_corpus] = self._readers[number].read(located.sample[of_corpus])[0]
+        return out_NT
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+    def _located(self, positions: Ints) -> Located:
+        """The order of whole windows is worked out at once, which costs little more than that of a few positions."""
+        if not len(positions):
+            return self._window(0).take(positions)
+        windows, which = np.unique(positions // _WINDOW, return_inverse=True)
+        found = [self._window(number) for number in windows.tolist()]
+        return Located(
+            corpus=np.concatenate([window.corpus for window in found]),
+            epoch=np.concatenate([window.epoch for window in found]),
+            sample=np.concatenate([window.sample for window in found]),
+        ).take(which * _WINDOW + positions % _WINDOW)
+
+
+def _refuse_mixed_tokenizers(opened: list[Corpus]) -> None:
+    first = opened[0]
+    for corpus in opened[1:]:
+        if corpus.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+            raise UserError(
+                f"data.path: {corpus.folder} and {first.folder} were prepared with different tokenizers\n"
+                f"prepare both with tokenizer.path={first.tokenizer_path}"
+            )
+
+
+def sample_hash(positions: Ints, rows_NT: npt.NDArray[Any]) -> int:
+    """Sum mod 2⁶⁴ over samples of xxh3_64(position as uint64 ‖ row as uint32), little-endian.
+
+    A sum does not depend on which rank or micro-batch held a sample, so that ranks add theirs up.
+    """
+    row_bytes = 4 * rows_NT.shape[1]
+    packed = np.empty((len(positions), 8 + row_bytes), dtype=np.uint8)
+    packed[:, :8] = positions.astype("<u8")[:, None].view(np.uint8)
+    packed[:, 8:] = np.ascontiguousarray(rows_NT, dtype="<u4").view(np.uint8)
+    return sum(xxhash.xxh3_64_intdigest(one.data) for one in packed) % (1 << 64)
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one data rank feeds into one optimizer step."""
+
+    start: int
+    """Position of the global batch's first sample, the same on every rank."""
+    microbatches: list[Batch]
+    sample_hash: int
+    """Of this rank's samples; summed over data ranks mod 2⁶⁴ it is the step's."""
+    wait_s: float
+    """How long the caller had to wait for it."""
+
+
+class StepFeed(Iterator[StepData]):
+    """Steps without end from position `start`, made ready by one thread a few steps ahead.
+
+    Step n takes positions [start + n·G, start + (n+1)·G) with G = split.global_batch, and this rank
+    `split.rows(data_rank)` of them. An error in the thread is raised by `next`. Close it, or use it as a context.
+    """
+
+    def __init__(self, stream: TrainingStream, split: BatchSplit, data_rank: int, start: int) -> None:
+        self._stream = stream
+        self._split = split
+        self._rows = split.rows(data_rank)
+        self._pin = torch.cuda.is_available()
+        self._ready: queue.Queue[tuple[int, list[Batch], int] | BaseException] = queue.Queue(_STEPS_AHEAD)
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, args=(start,), daemon=True, name="training data")
+        self._thread.start()
+
+    def __next__(self) -> StepData:
+        if self._failure is not None:
+            raise self._failure
+        assert not self._stop.is_set(), "the feed is closed"
+        began_s = time.perf_counter()
+        item = self._ready.get()
+        wait_s = time.perf_counter() - began_s
+        if isinstance(item, BaseException):
+            self._failure = item
+            raise item
+        start, microbatches, digest = item
+        return StepData(start, microbatches, digest, wait_s)
+
+    def close(self) -> None:
+        """End the thread. Steps that are ready but were not taken are dropped; they count for nothing."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def __enter__(self) -> StepFeed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _work(self, start: int) -> None:
+        try:
+            while not self._stop.is_set():
+                self._ready.put(self._step(start))
+                start += self._split.global_batch
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _step(self, start: int) -> tuple[int, list[Batch], int]:
+        positions = np.arange(start + self._rows.start, start + self._rows.stop, dtype=np.int64)
+        rows_NT = self._stream.rows(positions)
+        size = self._split.micro_batch
+        microbatches = [self._batch(rows_NT[first : first + size]) for first in range(0, len(rows_NT), size)]
+        return start, microbatches, sample_hash(positions, rows_NT)
+
+    def _batch(self, rows_BT: npt.NDArray[Any]) -> Batch:
+        inputs_BT = torch.from_numpy(rows_BT[:, :-1].astype(np.int64))
+        targets_BT = torch.from_numpy(rows_BT[:, 1:].astype(np.int64))
+        if self._pin:
+            inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
+        return Batch(inputs_BT, targets_BT, loss_tokens=targets_BT.numel())

@@ -1,0 +1,97 @@
+"""The nouns that cross stages: text → shards → batch → step → pieces of a checkpoint.
+
+Nothing here computes. Torch is imported for type checkers only, so that stages which never touch a tensor stay light.
+
+Shape legend: B sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED_TARGET = -100
+"""A target that carries no loss (the value `torch.nn.functional.cross_entropy` ignores by default)."""
+
+StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
+"""What a piece holds: the fp32 weight, or Adam's first or second moment of it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids and one of document ends, as a manifest records them."""
+
+    name: str
+    """File stem, e.g. `shard-00000`; the files are `<name>.tok.npy` and `<name>.end.npy`."""
+    tokens: int
+    documents: int
+    token_bytes: int
+    """Size of the token file in bytes, header included."""
+    end_bytes: int
+    token_xxh3_128: str
+    end_xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands in its sample order: the next sample to use, and the ranges it jumped over."""
+
+    samples: int = 0
+    skipped: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one data rank.
+
+    `inputs_BT` and `targets_BT` are int64; a target equal to `IGNORED_TARGET` carries no loss. `loss_tokens` counts the
+    targets that do, on the host, so that nobody has to ask the device.
+    """
+
+    inputs_BT: Tensor
+    targets_BT: Tensor
+    loss_tokens: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports. Tensors stay on the device until somebody reads them."""
+
+    loss: Tensor
+    """fp32 scalar: mean over the loss-bearing tokens of the global batch, before the update."""
+    grad_norm: Tensor
+    """fp32 scalar: L2 norm over all parameters before clipping; not finite exactly when the update was skipped."""
+    loss_tokens: int
+    """Loss-bearing tokens of the global batch."""
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """The slice of a parameter that a tensor-parallel rank holds: `[start, start + size)` of dimension `dim`."""
+
+    dim: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous range of one parameter's state, held by this rank.
+
+    `values` is a 1-D fp32 view of live storage: a save reads it, a load copies into it. The range is
+    `[start, start + values.numel())` of the flattened parameter, or of its flattened `shard` where there is one.
+    """
+
+    parameter: str
+    """Canonical name, e.g. `blocks.7.attention.q.weight`."""
+    kind: StateKind
+    shape: tuple[int, ...]
+    """Shape of the whole parameter, whatever part of it this rank holds."""
+    start: int
+    values: Tensor
+    shard: TensorShard | None = None
+    writes: bool = True
+    """False on ranks that hold a copy which another rank writes; every copy is loaded."""

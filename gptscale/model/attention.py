@@ -1,0 +1,108 @@
+"""Causal self-attention with grouped key/value heads.
+
+Shape legend: B batch, T new tokens, S tokens seen, D width, H query heads, K key/value heads, W features of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptscale.config.schema import ModelConfig
+from gptscale.model.blocked_attention import blocked_attention
+from gptscale.model.linear import Linear
+from gptscale.model.positions import RotaryTable
+from gptscale.model.shape import head_width, kv_heads
+
+AttentionKernel = Literal["auto", "blocked", "sdpa"]
+
+BLOCKED_MAX_TOKENS = 256
+"""Up to this length `auto` takes `blocked` for half precision on a CPU."""
+
+
+class LayerCache(Protocol):
+    """What attention needs of one layer's cache while it generates (`gptscale.generate.cache` has one)."""
+
+    positions_BT: Tensor
+    """Positions of the new tokens, int64."""
+    visible_BTS: Tensor | None
+    """True where a new token may look; None where the new tokens are the whole sequence and plain causality holds."""
+
+    def extend(self, k_BTKW: Tensor, v_BTKW: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the new keys and values; returns all that are held, [B, S, K, W] each."""
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / √W, causal) v between projections q, k, v and o.
+
+    Heads are counted from the projections' real width, so projections that hold a slice of the heads just work.
+    """
+
+    def __init__(self, config: ModelConfig, rotary: RotaryTable | None) -> None:
+        super().__init__()
+        self.head_width = head_width(config)
+        self.dropout = config.dropout
+        self.rotary = rotary
+        self.kernel: AttentionKernel = "auto"
+        kv_width = kv_heads(config) * self.head_width
+        self.q = Linear(config.width, config.width, config.bias)
+        self.k = Linear(config.width, kv_width, config.bias)
+        self.v = Linear(config.width, kv_width, config.bias)
+        self.o = Linear(config.width, config.width, config.bias)
+
+    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        batch, tokens, _ = x_BTD.shape
+        q_BTHW = self.q(x_BTD).view(batch, tokens, -1, self.head_width)
+        k_BTKW = self.k(x_BTD).view(batch, tokens, -1, self.head_width)
+        v_BTKW = self.v(x_BTD).view(batch, tokens, -1, self.head_width)
+        if self.rotary is not None:
+            positions_BT = None if cache is None else cache.positions_BT
+            q_BTHW = self.rotary.rotate(q_BTHW, positions_BT)
+            k_BTKW = self.rotary.rotate(k_BTKW, positions_BT)
+        visible_BTS = None
+        if cache is not None:
+            k_BTKW, v_BTKW = cache.extend(k_BTKW, v_BTKW)
+            visible_BTS = cache.visible_BTS
+        dropout = self.dropout if self.training else 0.0
+        y_BTHW = attend(q_BTHW, k_BTKW, v_BTKW, dropout, self.kernel, visible_BTS)
+        y_BTD: Tensor = self.o(y_BTHW.reshape(batch, tokens, -1))
+        return y_BTD
+
+
+def attend(
+    q_BTHW: Tensor,
+    k_BSKW: Tensor,
+    v_BSKW: Tensor,
+    dropout: float = 0.0,
+    kernel: AttentionKernel = "auto",
+    visible_BTS: Tensor | None = None,
+) -> Tensor:
+    """Attention over [B, T, heads, W] layouts → [B, T, H, W]; causal, or as `visible_BTS` says where it is given.
+
+    `kernel="auto"` takes torch's `scaled_dot_product_attention`, but `blocked` on a CPU in two cases. With dropout,
+    which torch's CPU kernel lacks: it would hold several T×T scores. In half precision up to `BLOCKED_MAX_TOKENS`
+    tokens, where `blocked` was measured faster (by a tenth here, more where the CPU has bf16 products).
+    """
+    if kernel == "auto":
+        short = q_BTHW.shape[1] <= BLOCKED_MAX_TOKENS and q_BTHW.element_size() == 2
+        kernel = "blocked" if q_BTHW.device.type == "cpu" and (dropout or short) else "sdpa"
+    if kernel == "blocked" and visible_BTS is None:
+        return blocked_attention(q_BTHW, k_BSKW, v_BSKW, dropout)
+    grouped = q_BTHW.shape[2] != k_BSKW.shape[2]
+    if grouped and q_BTHW.device.type == "cuda" and q_BTHW.element_size() > 2:
+        # Torch's CUDA kernel for wide types takes no groups: it would fall back to whole T×T scores.
+        group = q_BTHW.shape[2] // k_BSKW.shape[2]
+        k_BSKW, v_BSKW = k_BSKW.repeat_interleave(group, dim=2), v_BSKW.repeat_interleave(group, dim=2)
+        grouped = False
+    y_BHTW = F.scaled_dot_product_attention(
+        q_BTHW.transpose(1, 2),
+        k_BSKW.transpose(1, 2),
+        v_BSKW.transpose(1, 2),
+        attn_mask=None if visible_BTS is None else visible_BTS.unsqueeze(1),
+        dropout_p=dropout,
+        is_causal=visible_BTS is None,
+        enable_gqa=grouped,
+    )
+    return y_BHTW.transpose(1, 2)

@@ -1,0 +1,51 @@
+"""How many parameters a model has and how many operations a token costs. Pure, no torch."""
+
+from __future__ import annotations
+
+from gptscale.config.schema import ModelConfig
+from gptscale.model.shape import feedforward_width, head_width, kv_heads, padded_vocab
+
+
+def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
+    """Trainable numbers of `GPT(config, vocab_size, sequence_length, …)`: vocabulary padding counts, ties once."""
+    table = padded_vocab(vocab_size, config.vocab_multiple) * config.width
+    tables = table if config.tied_embeddings else 2 * table
+    positions = sequence_length * config.width if config.positions == "learned" else 0
+    norm = config.width * (2 if config.norm == "layernorm" and config.bias else 1)
+    biases = 0
+    if config.bias:
+        into_feedforward = 2 if config.feedforward == "swiglu" else 1
+        kv_width = kv_heads(config) * head_width(config)
+        biases = 3 * config.width + 2 * kv_width + into_feedforward * feedforward_width(config)
+    block = _block_matrices(config) + biases + 2 * norm
+    return tables + positions + config.layers * block + norm
+
+
+def matmul_parameter_count(config: ModelConfig, vocab_size: int) -> int:
+    """Parameters that multiply every token: all matrices of the blocks, and the head (tied or not) with its padding.
+
+    Embedding look-ups, position tables, norms and biases are left out.
+    """
+    head = padded_vocab(vocab_size, config.vocab_multiple) * config.width
+    return config.layers * _block_matrices(config) + head
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
+    """Floating-point operations of forward and backward a token, a multiply-add being two.
+
+        6 · N_matmul  +  6 · layers · width · (sequence_length + 1)
+
+    PaLM (arXiv 2204.02311, appendix B) has 6 · N + 12 · layers · heads · head_width · T. Two things differ. N here is
+    what multiplies a token (`matmul_parameter_count`): PaLM's counts every parameter, look-ups and norms too. And
+    attention is counted causally: token t sees t of the T keys, so the mean is (T + 1) / 2 in place of T. Recomputed
+    activations are not counted: this measures useful work.
+    """
+    attention = 6 * config.layers * config.width * (sequence_length + 1)
+    return 6 * matmul_parameter_count(config, vocab_size) + attention
+
+
+def _block_matrices(config: ModelConfig) -> int:
+    kv_width = kv_heads(config) * head_width(config)
+    attention = 2 * config.width * config.width + 2 * config.width * kv_width
+    feedforward = (3 if config.feedforward == "swiglu" else 2) * config.width * feedforward_width(config)
+    return attention + feedforward

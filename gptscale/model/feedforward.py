@@ -1,0 +1,52 @@
+"""The feed-forward of a block: tanh-GELU (GPT-2) or SwiGLU.
+
+Shape legend: B batch, T tokens, D width, F hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptscale.config.schema import ModelConfig
+from gptscale.model.linear import Linear
+from gptscale.model.shape import feedforward_width
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up(x))), or down(silu(gate(x)) · up(x)) for SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = feedforward_width(config)
+        self.gate = Linear(config.width, hidden, config.bias) if config.feedforward == "swiglu" else None
+        self.up = Linear(config.width, hidden, config.bias)
+        self.down = Linear(hidden, config.width, config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        up_BTF = self.up(x_BTD)
+        if self.gate is None:
+            hidden_BTF = F.gelu(up_BTF, approximate="tanh")
+        else:
+            hidden_BTF = _GatedSilu.apply(self.gate(x_BTD), up_BTF)  # type: ignore[no-untyped-call]
+        y_BTD: Tensor = self.down(hidden_BTF)
+        return y_BTD
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) · up, saving its two inputs only: silu(gate), as wide as either, is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad_y,) = grads
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad_y * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad_y)

@@ -1,0 +1,171 @@
+"""GPT: an embedding, blocks and a head. Knows no ranks.
+
+Shape legend: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gptscale.config.schema import ModelConfig
+from gptscale.model.attention import Attention, AttentionKernel, LayerCache
+from gptscale.model.feedforward import FeedForward
+from gptscale.model.linear import linear
+from gptscale.model.loss import chunked_cross_entropy
+from gptscale.model.norm import build_norm
+from gptscale.model.positions import RotaryTable
+from gptscale.model.shape import check_shape, head_width, padded_vocab
+
+
+class Cache(Protocol):
+    """Keys and values of tokens already seen (`gptscale.generate.cache` has one)."""
+
+    positions_BT: Tensor
+
+    def begin(self, tokens: int) -> None:
+        """Announces that `tokens` more of each row go through the model."""
+
+    def layer(self, index: int) -> LayerCache:
+        """The part that block `index` uses."""
+
+    def end(self) -> None:
+        """All layers have stored their part."""
+
+
+class Embedding(nn.Module):
+    """Token ids → residual stream in the compute type, with learned positions where the settings ask for them."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, sequence_length: int, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.compute_dtype = compute_dtype
+        self.weight = nn.Parameter(torch.empty(padded_vocab(vocab_size, config.vocab_multiple), config.width))
+        learned = config.positions == "learned"
+        self.positions = nn.Parameter(torch.empty(sequence_length, config.width)) if learned else None
+
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        x_BTD = F.embedding(ids_BT, self.weight)
+        if self.positions is not None:
+            here = self.positions[: ids_BT.shape[1]] if positions_BT is None else self.positions[positions_BT]
+            x_BTD = x_BTD + here
+        return F.dropout(x_BTD.to(self.compute_dtype), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feedforward(norm(x)): pre-norm, as in GPT-2 and since."""
+
+    def __init__(self, config: ModelConfig, rotary: RotaryTable | None) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config, rotary)
+        self.feedforward_norm = build_norm(config)
+        self.feedforward = FeedForward(config)
+
+    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x_BTD = x_BTD + self._dropped(self.attention(self.attention_norm(x_BTD), cache))
+        return x_BTD + self._dropped(self.feedforward(self.feedforward_norm(x_BTD)))
+
+    def _dropped(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout) if self.training and self.dropout else x_BTD
+
+
+class Head(nn.Module):
+    """Final norm, projection onto the vocabulary, and the loss. `tied` is the embedding's own parameter, if it is."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, tied: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.loss_chunk = config.loss_chunk
+        self.norm = build_norm(config)
+        rows = padded_vocab(vocab_size, config.vocab_multiple)
+        self.weight = nn.Parameter(torch.empty(rows, config.width)) if tied is None else tied
+
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """With targets: fp32 scalar, the sum of token losses. Without: fp32 logits [B, T, V] of the real vocabulary."""
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is None:
+            return linear(x_BTD, self.weight)[..., : self.vocab_size].float()
+        return chunked_cross_entropy(
+            x_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), self.vocab_size, self.loss_chunk
+        )
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. Parameters are fp32, unset until `initialise` (or a checkpoint) fills them.
+
+    `vocab_size` is the tokenizer's; the embedding is padded up to a multiple of `config.vocab_multiple`, and the
+    padding takes no probability. Products run in `compute_dtype`. Construction works on the meta device:
+    `with torch.device("meta"): model = GPT(…)`, then `model.to_empty(device=…)` and `initialise`.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, sequence_length: int, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        check_shape(config)
+        self.config = config
+        self.vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        self.compute_dtype = compute_dtype
+        self.activation_checkpointing: Literal["none", "full"] = "none"
+        """`full`: a block keeps its input only, and runs again in backward."""
+
+        rope = config.positions == "rope"
+        self.rotary = RotaryTable(head_width(config), config.rope_theta, sequence_length) if rope else None
+        self.embedding = Embedding(config, vocab_size, sequence_length, compute_dtype)
+        self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.layers))
+        self.head = Head(config, vocab_size, self.embedding.weight if config.tied_embeddings else None)
+
+    def sequence(self) -> list[tuple[str, nn.Module]]:
+        """What forward runs, in order, by canonical name: embedding, blocks.0, …, head. A pipeline cuts this list."""
+        blocks = [(f"blocks.{i}", block) for i, block in enumerate(self.blocks)]
+        return [("embedding", self.embedding), *blocks, ("head", self.head)]
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """fp32 scalar: sum of token losses over targets ≠ IGNORED_TARGET. The one entry of training and evaluation."""
+        (_, embedding), *blocks, (_, head) = self.sequence()
+        x_BTD = embedding(inputs_BT)
+        for _, block in blocks:
+            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+            else:
+                x_BTD = block(x_BTD)
+        loss: Tensor = head(x_BTD, targets_BT)
+        return loss
+
+    def logits(self, inputs_BT: Tensor, cache: Cache | None = None, last_B: Tensor | None = None) -> Tensor:
+        """fp32 logits [B, T, V] over the real vocabulary, for generation.
+
+        With a cache, `inputs_BT` continue the rows it holds. With `last_B`, logits of that one position of each row
+        only: [B, 1, V].
+        """
+        if cache is not None:
+            cache.begin(inputs_BT.shape[1])
+        x_BTD = self.embedding(inputs_BT, None if cache is None else cache.positions_BT)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, None if cache is None else cache.layer(i))
+        if cache is not None:
+            cache.end()
+        if last_B is not None:
+            x_BTD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B].unsqueeze(1)
+        logits_BTV: Tensor = self.head(x_BTD)
+        return logits_BTV
+
+    def use_attention(self, kernel: AttentionKernel) -> None:
+        """Sets the attention kernel of every block (`gptscale.model.attention.attend` says what `auto` takes)."""
+        for block in self.blocks:
+            attention = block.get_submodule("attention")
+            assert isinstance(attention, Attention)
+            attention.kernel = kernel
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
+        # Leaving the meta device makes new parameters one by one, which would untie the two.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+        return self

@@ -1,0 +1,103 @@
+"""Cross-entropy over the vocabulary that never holds all the logits.
+
+Shape legend: N tokens, C tokens of a chunk, D width, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptscale.flow import IGNORED_TARGET
+
+
+def chunked_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, vocab_size: int, chunk_tokens: int
+) -> Tensor:
+    """Sum over targets ≠ IGNORED_TARGET of −log softmax(hidden · weightᵀ)[target]; fp32 scalar.
+
+    Rows of `weight_VD` from `vocab_size` on are padding and take no probability. Products run in the type of
+    `hidden_ND`, log-sum-exp and the gradient of the weight in fp32. At most `chunk_tokens` rows of logits exist at
+    once.
+
+    The gradients of each chunk are computed while its logits are at hand, so a training step costs three matrix
+    products and recomputes nothing; backward only scales them, and can therefore run once. Without gradients to
+    compute (evaluation) there is one product.
+    """
+    train = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, targets_N, vocab_size, chunk_tokens, train
+    )
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        vocab_size: int,
+        chunk_tokens: int,
+        train: bool,
+    ) -> Tensor:
+        cast_weight_VD = weight_VD.to(hidden_ND.dtype)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if train and ctx.needs_input_grad[0] else None
+        grad_weight_VD = torch.empty_like(weight_VD) if train and ctx.needs_input_grad[1] else None
+        # Log-sum-exp and the sum in fp32 at least (a float64 model stays float64). Chunks share their scratch.
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        loss = hidden_ND.new_zeros((), dtype=wide)
+        scratch_logits_CV, scratch_p_CV = hidden_ND.new_empty(
+            2, min(chunk_tokens, len(targets_N)), len(weight_VD), dtype=wide
+        )
+
+        for start in range(0, len(targets_N), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
+            logits_CV, p_CV = scratch_logits_CV[: len(targets_C)], scratch_p_CV[: len(targets_C)]
+            if hidden_CD.dtype == wide:
+                torch.mm(hidden_CD, cast_weight_VD.t(), out=logits_CV)
+            else:
+                logits_CV.copy_(hidden_CD @ cast_weight_VD.t())
+            logits_CV[:, vocab_size:] = -torch.inf
+            torch._softmax(logits_CV, -1, False, out=p_CV)
+            # The largest probability is exp(largest logit − lse) and at least 1/V: its logarithm is exact to rounding.
+            lse_C1 = logits_CV.amax(1, keepdim=True) - p_CV.amax(1, keepdim=True).log_()
+            used_C1 = (targets_C != IGNORED_TARGET).unsqueeze(1)
+            index_C1 = targets_C.unsqueeze(1).clamp(min=0)
+            loss += ((lse_C1 - logits_CV.gather(1, index_C1)) * used_C1).sum()
+            if not train:
+                continue
+            # d loss / d logits = softmax − one-hot. Ignored rows are dropped where they are narrow: after the product
+            # with the weight, and before the one with the hidden state.
+            p_CV.scatter_add_(1, index_C1, p_CV.new_full((), -1.0).expand(index_C1.shape))
+            grad_CV = p_CV.to(hidden_CD.dtype)
+            if grad_hidden_ND is not None:
+                torch.mm(grad_CV, cast_weight_VD, out=grad_hidden_ND[rows]).mul_(used_C1)
+            if grad_weight_VD is None:
+                continue
+            used_CD = hidden_CD * used_C1
+            if grad_weight_VD.dtype == grad_CV.dtype:
+                beta = 1 if start else 0
+                torch.addmm(grad_weight_VD, grad_CV.t(), used_CD, beta=beta, out=grad_weight_VD)
+            elif start:
+                grad_weight_VD += grad_CV.t() @ used_CD
+            else:
+                grad_weight_VD.copy_(grad_CV.t() @ used_CD)
+
+        ctx.grads = (grad_hidden_ND, grad_weight_VD)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "the gradient of chunked_cross_entropy was scaled in place and can be asked for only once"
+            )
+        # In place: a second [V, D] would be the largest tensor of the step.
+        scaled = tuple(None if grad is None else grad.mul_(grads[0]) for grad in ctx.grads)
+        ctx.grads = None
+        return *scaled, None, None, None, None

@@ -1,0 +1,90 @@
+"""The processes of a run, as everything above the engines sees them: who am I, do all agree, sums of small numbers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed
+
+from gptscale.runtime.errors import UserError
+from gptscale.runtime.process import ProcessInfo
+
+
+class Ranks:
+    """This process among its peers. With one process and no engine that needs it, there is no process group."""
+
+    def __init__(self, process: ProcessInfo, deepspeed: bool, timeout_s: float) -> None:
+        self.rank = process.rank
+        self.size = process.world_size
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if process.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"{process.local_world_size} ranks on a host where each sees {torch.cuda.device_count()} GPUs\n"
+                    "start one rank a GPU, each with all of its host's in sight (srun: --gpus-per-node, not "
+                    "--gpus-per-task), or train on the CPU: CUDA_VISIBLE_DEVICES="
+                )
+            torch.cuda.set_device(process.local_rank)
+            self.device = torch.device("cuda", process.local_rank)
+        self._control: torch.distributed.ProcessGroup | None = None
+        if deepspeed:
+            start_deepspeed(timeout_s)
+        elif self.size > 1:
+            raise ValueError("more than one rank needs an engine that talks: parallel.engine=deepspeed")
+        if torch.distributed.is_initialized():
+            # Control words travel on their own gloo group, so that agreeing never waits for a GPU's queue.
+            self._control = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def sum(self, values: Sequence[int]) -> list[int]:
+        """Sums over all ranks, modulo 2⁶⁴. A collective."""
+        if self.size == 1:
+            return [value % 2**64 for value in values]
+        signed = [(value + 2**63) % 2**64 - 2**63 for value in values]
+        total = torch.tensor(signed, dtype=torch.int64)
+        torch.distributed.all_reduce(total, group=self._control)  # int64 wraps, which is the sum modulo 2⁶⁴
+        return [int(value) % 2**64 for value in total]
+
+    def agree(self, ok: bool) -> bool:
+        """True where every rank says true. A collective, and so a barrier."""
+        return self.sum([0 if ok else 1])[0] == 0
+
+    def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a small device tensor over all ranks, in place. A collective."""
+        if self.size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def close(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def start_deepspeed(timeout_s: float) -> None:
+    """Import DeepSpeed and open the process group, without compiling anything on a CPU.
+
+    On the CPU accelerator `init_distributed` builds a shared-memory all-reduce with g++ at every first start (two
+    minutes on a loaded machine, and segments left in /dev/shm by killed jobs). gloo does the same work uncompiled, so
+    the builder is taken out. It lives in the module `deepspeed.comm.torch`, which the attribute of that name hides.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found all the same, but with a warning
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch renames its collectives now and then, and says so at every call of the old names, which are DeepSpeed's.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if not torch.cuda.is_available():
+        sys.modules["deepspeed.utils.nvtx"].__dict__["enable_nvtx"] = False  # wraps every hook, for a profiler of GPUs
+        setattr(sys.modules["deepspeed.comm.torch"], "build_shm_op", lambda: None)  # noqa: B010 (mypy knows no such name)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        auto_mpi_discovery=False,
+        verbose=False,
+    )

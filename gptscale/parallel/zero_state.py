@@ -1,0 +1,132 @@
+"""Where DeepSpeed 0.19 keeps each parameter's fp32 weight and Adam moments under ZeRO, and how to refresh the rest.
+
+The attributes used here are private to DeepSpeed, which is why its version is pinned and why a test saves, loads and
+saves again on every stage and compares bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+
+from gptscale.flow import Piece, StateKind
+from gptscale.parallel.adam_state import ensure_adam_state, set_adam_step
+
+
+class ShardedState(Protocol):
+    """One stage's layout of state."""
+
+    def pieces(self) -> list[Piece]: ...
+
+    def refresh(self, updates: int) -> None:
+        """After a load: set Adam's step and bring the masters into every rank's model."""
+        ...
+
+
+def sharded_state(stage: int, model: torch.nn.Module, optimizer: Any, rank: int, size: int) -> ShardedState:
+    """`optimizer` is what the DeepSpeed engine holds: the client's own at stage 0, DeepSpeed's wrapper above."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if stage == 0:
+        return Replicated(model, optimizer, rank, size)
+    return FlatPartitions(optimizer, names) if stage < 3 else PartitionedParameters(optimizer, names)
+
+
+class Replicated:
+    """Stage 0: every rank holds everything and writes its own share of each parameter."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = optimizer
+        self._rank = rank
+        self._size = size
+
+    def pieces(self) -> list[Piece]:
+        found: list[Piece] = []
+        for name, parameter in self._parameters.items():
+            state = ensure_adam_state(self._optimizer, parameter)
+            bounds = [parameter.numel() * part // self._size for part in range(self._size + 1)]
+            for part in range(self._size):
+                start, end = bounds[part], bounds[part + 1]
+                for kind, values in _kinds(parameter.data, state):
+                    share = values.view(-1)[start:end]
+                    if start < end:
+                        found.append(Piece(name, kind, tuple(parameter.shape), start, share, writes=part == self._rank))
+        return found
+
+    def refresh(self, updates: int) -> None:
+        for parameter in self._parameters.values():
+            set_adam_step(self._optimizer, parameter, updates)
+
+
+class FlatPartitions:
+    """Stages 1 and 2: per group one flat fp32 master, of which each rank owns an equal range."""
+
+    def __init__(self, optimizer: Any, names: dict[int, str]) -> None:
+        self._zero = optimizer
+        self._names = names
+
+    def pieces(self) -> list[Piece]:
+        zero = self._zero
+        found: list[Piece] = []
+        for group, flat in enumerate(zero.single_partition_of_fp32_groups):
+            state = ensure_adam_state(zero.optimizer, flat)
+            low = torch.distributed.get_rank(zero.real_dp_process_group[group]) * flat.numel()
+            members = zip(zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group], strict=True)
+            for parameter, offset in members:
+                start = max(offset, low)
+                end = min(offset + parameter.numel(), low + flat.numel())
+                if start < end:
+                    for kind, values in _kinds(flat.data, state):
+                        name, shape = self._names[id(parameter)], tuple(parameter.shape)
+                        found.append(Piece(name, kind, shape, start - offset, values[start - low : end - low]))
+        return found
+
+    def refresh(self, updates: int) -> None:
+        for flat in self._zero.single_partition_of_fp32_groups:
+            set_adam_step(self._zero.optimizer, flat, updates)
+        self._zero.overflow = False
+        self._zero.update_lp_params()  # a rank's own range shares the masters' storage; the others' are gathered
+
+
+class PartitionedParameters:
+    """Stage 3: every parameter is cut over the ranks, and the cuts lie in flat fp32 sub-groups."""
+
+    def __init__(self, optimizer: Any, names: dict[int, str]) -> None:
+        self._zero = optimizer
+        self._names = names
+
+    def pieces(self) -> list[Piece]:
+        return list(self._found())
+
+    def _found(self) -> Iterator[Piece]:
+        zero = self._zero
+        for sub_group in zero.fp16_groups:
+            for parameter in sub_group:
+                index, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+                flat = zero.fp32_partitioned_groups_flat[index]
+                state = ensure_adam_state(zero.optimizer, flat)
+                start = zero._get_param_partition_rank(parameter) * padded
+                count = min(start + padded, parameter.ds_numel) - start
+                if count > 0:
+                    for kind, values in _kinds(flat.data, state):
+                        name, shape = self._names[id(parameter)], tuple(parameter.ds_shape)
+                        yield Piece(name, kind, shape, start, values[offset : offset + count])
+
+    def refresh(self, updates: int) -> None:
+        zero = self._zero
+        zero.checkpoint_event_prologue()
+        for flat in zero.fp32_partitioned_groups_flat:
+            set_adam_step(zero.optimizer, flat, updates)
+        zero.overflow = False
+        for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        zero.checkpoint_event_epilogue()
+
+
+def _kinds(weight: torch.Tensor, state: dict[str, Any]) -> Iterator[tuple[StateKind, torch.Tensor]]:
+    yield "weight", weight
+    yield "exp_avg", state["exp_avg"]
+    yield "exp_avg_sq", state["exp_avg_sq"]

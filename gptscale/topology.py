@@ -1,0 +1,89 @@
+"""Rank ↔ coordinates, and how a global batch is cut. Pure arithmetic: no torch, no processes.
+
+An *axis* is a direction in the grid of ranks. From the slowest to the fastest varying: pipeline, data, sequence,
+tensor, so that tensor peers, which talk most, are neighbours on one host. The expert axis divides the data axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where a rank stands on each axis."""
+
+    pipeline: int
+    data: int
+    sequence: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The grid of ranks: sizes of its axes. `data` is what the other axes leave of the world."""
+
+    world_size: int
+    pipeline: int = 1
+    sequence: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("world_size", "pipeline", "sequence", "tensor", "expert"):
+            if getattr(self, axis) < 1:
+                raise ValueError(f"{axis} must be at least 1, not {getattr(self, axis)}")
+        model_ranks = self.pipeline * self.sequence * self.tensor
+        if self.world_size % model_ranks:
+            raise ValueError(
+                f"{self.world_size} ranks cannot hold pipeline·sequence·tensor = {model_ranks} ranks a model copy: "
+                f"use a multiple of {model_ranks} ranks"
+            )
+        if self.data % self.expert:
+            raise ValueError(f"parallel.expert={self.expert} does not divide the {self.data} data-parallel ranks")
+
+    @property
+    def data(self) -> int:
+        """Number of model copies, each fed its own slice of the global batch."""
+        return self.world_size // (self.pipeline * self.sequence * self.tensor)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is not within a world of {self.world_size}")
+        rest, tensor = divmod(rank, self.tensor)
+        rest, sequence = divmod(rest, self.sequence)
+        pipeline, data = divmod(rest, self.data)
+        return Coordinates(pipeline=pipeline, data=data, sequence=sequence, tensor=tensor)
+
+    def rank(self, at: Coordinates) -> int:
+        return ((at.pipeline * self.data + at.data) * self.sequence + at.sequence) * self.tensor + at.tensor
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """How one global batch is cut: `data` ranks × `accumulation` micro-batches × `micro_batch` sequences."""
+
+    data: int
+    accumulation: int
+    micro_batch: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.data * self.accumulation * self.micro_batch
+
+    def rows(self, data_rank: int) -> range:
+        """Offsets within the global batch that this data rank feeds, in order."""
+        per_rank = self.accumulation * self.micro_batch
+        return range(data_rank * per_rank, (data_rank + 1) * per_rank)
+
+
+def split_batch(global_batch: int, micro_batch: int, data: int) -> BatchSplit:
+    """Cut a global batch; raises ValueError with the nearest working values where it does not divide."""
+    per_round = micro_batch * data
+    if global_batch % per_round:
+        fitting = max(per_round, global_batch // per_round * per_round)
+        raise ValueError(
+            f"train.global_batch={global_batch} is no multiple of train.micro_batch={micro_batch} × {data} data ranks\n"
+            f"use train.global_batch={fitting} or {fitting + per_round}, or another train.micro_batch"
+        )
+    return BatchSplit(data=data, accumulation=global_batch // per_round, micro_batch=micro_batch)

@@ -1,0 +1,31 @@
+"""All that can be refused about a run before torch is imported or a rank started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptscale.checkpoint.folder import MANIFEST, list_checkpoints
+from gptscale.config.rules import check
+from gptscale.config.schema import TrainRoot
+from gptscale.runtime.errors import UserError
+from gptscale.topology import BatchSplit
+from gptscale.train.optimizer import check_optimizer
+from gptscale.train.schedule import check_schedule
+
+
+def check_run(settings: TrainRoot, world_size: int) -> BatchSplit:
+    """Rules between settings, and names that code has registered; returns how the global batch is cut."""
+    split = check(settings, world_size)
+    check_optimizer(settings.optimizer)
+    check_schedule(settings.schedule)
+    check_resume(settings.run.resume)
+    return split
+
+
+def check_resume(resume: str) -> None:
+    """A checkpoint that is asked for has to be one; whether it is whole is seen when it is read."""
+    if resume in ("auto", "never") or (Path(resume) / MANIFEST).is_file():
+        return
+    found = list_checkpoints(Path(resume) / "checkpoints")
+    fix = f"name one of its checkpoints: run.resume={found[0]}" if found else "use auto, never or a checkpoint's folder"
+    raise UserError(f"run.resume={resume} is not a checkpoint\n{fix}")

@@ -1,0 +1,156 @@
+"""The training loop: one for every engine, layout and source of data."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from gptscale.checkpoint.agreement import all_or_none
+from gptscale.config.compose import Composed
+from gptscale.config.rules import run_steps, tokens_per_step
+from gptscale.config.schema import TrainRoot
+from gptscale.data.stream import StepData, StepFeed
+from gptscale.evaluate.heldout import heldout_loss
+from gptscale.parallel.engine import Engine, build_engine
+from gptscale.parallel.ranks import Ranks
+from gptscale.runtime.errors import StoppedError
+from gptscale.runtime.seeds import derive_seed
+from gptscale.runtime.signals import StopRequest
+from gptscale.topology import BatchSplit
+from gptscale.train.check import check_run
+from gptscale.train.guard import Guard
+from gptscale.train.optimizer import build_optimizer
+from gptscale.train.progress import Progress
+from gptscale.train.run_folder import RunFolder
+from gptscale.train.saving import resume, save
+from gptscale.train.schedule import learning_rate
+from gptscale.train.setup import Corpora, build_model, open_corpora, prepare_torch
+from gptscale.train.watcher import Watcher
+
+LOG = logging.getLogger("gptscale.train")
+
+
+@dataclass
+class Session:
+    """What a run works with, once everything is built."""
+
+    composed: Composed[TrainRoot]
+    ranks: Ranks
+    split: BatchSplit
+    folder: RunFolder
+    corpora: Corpora
+    engine: Engine
+    progress: Progress
+    watcher: Watcher
+    guard: Guard
+    total_steps: int
+
+    @property
+    def settings(self) -> TrainRoot:
+        return self.composed.settings
+
+
+def train(composed: Composed[TrainRoot], ranks: Ranks, stop: StopRequest) -> None:
+    """Train to the end of the run, from wherever it stands.
+
+    Raises StoppedError after a save where somebody asked to stop, DivergedError past the guard's limits, UserError
+    where settings or data are wrong.
+    """
+    settings = composed.settings
+    split = check_run(settings, ranks.size)
+    prepare_torch(settings)
+    folder = RunFolder(settings.run)
+    all_or_none(ranks, lambda: folder.open() if ranks.rank == 0 else None, f"opening {folder.path}")
+    try:
+        train_in(folder, composed, split, ranks, stop)
+    finally:
+        folder.close()
+
+
+def train_in(
+    folder: RunFolder, composed: Composed[TrainRoot], split: BatchSplit, ranks: Ranks, stop: StopRequest
+) -> None:
+    """The run, in a folder that is ours."""
+    settings = composed.settings
+    corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks), "opening the data")
+    model = build_model(settings, corpora.vocab_size)
+    engine = build_engine(model, build_optimizer(model, settings.optimizer), settings, split, ranks)
+    progress = resume(composed, engine, folder, corpora, ranks)
+    total_steps = run_steps(settings)
+    if progress.step >= total_steps:
+        LOG.info("%s is done: %d of %d steps; nothing to do", folder.path, progress.step, total_steps)
+        return
+
+    def open_folder() -> None:
+        folder.open_logs(ranks.rank)
+        if ranks.rank == 0:
+            folder.write_identity(composed.to_yaml(), corpora.stream.tokenizer_path)
+
+    all_or_none(ranks, open_folder, f"writing {folder.path}")
+    session = Session(
+        composed=composed,
+        ranks=ranks,
+        split=split,
+        folder=folder,
+        corpora=corpora,
+        engine=engine,
+        progress=progress,
+        watcher=Watcher(composed, folder, corpora, progress, ranks),
+        guard=Guard(settings.guard, progress.skipped_in_a_row),
+        total_steps=total_steps,
+    )
+    try:
+        run_to_end(session, stop)
+    finally:
+        session.watcher.close()
+
+
+def run_to_end(session: Session, stop: StopRequest) -> None:
+    settings, total_steps = session.settings, session.total_steps
+    with StepFeed(session.corpora.stream, session.split, session.ranks.rank, session.progress.position.samples) as feed:
+        while session.progress.step < total_steps:
+            stopping = one_step(session, feed, stop)
+            step = session.progress.step
+            last = step == total_steps
+            if last or due(step, settings.evaluation.every_steps):
+                evaluate(session)
+            if last:  # before the save that makes the run a finished one, which a restart leaves as it is
+                session.watcher.conclude()
+            if last or stopping or due(step, settings.checkpoint.every_steps):
+                save(session.composed, session.engine, session.folder, session.progress, session.corpora, session.ranks)
+            if stopping and not last:
+                raise StoppedError(f"stopped at step {step} of {total_steps} after a save: start it again to go on")
+    session.watcher.finished(session.progress)
+
+
+def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> bool:
+    """One optimizer step and its line of metrics. True where a rank was asked to stop: all ranks learn it together."""
+    settings, progress, ranks = session.settings, session.progress, session.ranks
+    started_s = time.perf_counter()
+    data = next(feed)
+    tokens = tokens_per_step(settings)
+    schedule_tokens = (settings.schedule.total_steps or session.total_steps) * tokens
+    rate = learning_rate(progress.tokens + tokens, settings.schedule, settings.optimizer.learning_rate, schedule_tokens)
+    # Dropout is a function of seed, step and rank, so a resumed run needs no generator's state.
+    torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.rank))
+    result = session.engine.train_step(data.microbatches, rate)
+    sample_hash, stopping = ranks.sum([data.sample_hash, int(stop.requested)])
+    loss, grad_norm = float(result.loss), float(result.grad_norm)
+    progress = progress.advanced(session.split.global_batch, tokens, sample_hash)
+    session.watcher.step(progress, loss, grad_norm, rate, time.perf_counter() - started_s, data.wait_s)
+    session.guard.watch(progress.step, grad_norm)
+    session.progress = replace(progress, skipped_in_a_row=session.guard.skipped_in_a_row)
+    return stopping > 0
+
+
+def evaluate(session: Session) -> None:
+    result = heldout_loss(session.engine, session.corpora.heldout, session.ranks)
+    session.watcher.evaluated(session.progress, result)
+
+
+def due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0

@@ -1,0 +1,74 @@
+"""What may differ between a run and its resumption. Pure: compares settings and data identity, prints a diff."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gptscale.config.build import defaults
+from gptscale.config.schema import TrainRoot
+from gptscale.runtime.errors import UserError
+
+MAY_CHANGE = (
+    "run.dir",
+    "run.name",
+    "run.resume",
+    "launch",
+    "parallel",
+    "logging",
+    "checkpoint",
+    "train.micro_batch",
+    "train.steps",
+    "train.tokens",
+    "schedule.total_steps",
+    # Where the data lies and how it is read; what it is, is compared by its identity.
+    "data.path",
+    "data.corpora_dir",
+    "data.workers",
+    "data.verify",
+)
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], key: str = "") -> list[str]:
+    """`key: saved → wanted` for every leaf that differs and may not."""
+    found: list[str] = []
+    for name in sorted({*saved, *wanted}):
+        full = f"{key}.{name}" if key else name
+        if full in MAY_CHANGE:
+            continue
+        old, new = saved.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, full)
+        elif old != new:
+            found.append(f"{full}: {old} → {new}")
+    return found
+
+
+def filled(values: Mapping[str, Any], fallback: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, and what is missing in them from `fallback`, group by group."""
+    groups = {
+        name: filled(value, fallback[name])
+        for name, value in values.items()
+        if isinstance(value, Mapping) and isinstance(fallback.get(name), Mapping)
+    }
+    return {**fallback, **values, **groups}
+
+
+def refuse_differences(
+    run_dir: str,
+    saved: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    saved_data: Mapping[str, Any],
+    wanted_data: Mapping[str, Any],
+) -> None:
+    """Raises UserError naming all differences in settings and data identity that a resumption may not have.
+
+    A setting that a run's version did not have yet counts as its default, which is what changes nothing.
+    """
+    found = differences(filled(saved, defaults(TrainRoot)), wanted)
+    found += differences(saved_data, wanted_data, "data identity")
+    if found:
+        raise UserError(
+            f"{run_dir} was trained with other settings: {'; '.join(found)}\n"
+            "set them back to go on with this run, or choose another run.name to start a new one"
+        )

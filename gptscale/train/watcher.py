@@ -1,0 +1,174 @@
+"""What a person sees of a run: lines of metrics, a line on the terminal, a report. Only rank 0 speaks."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from gptscale.config.compose import Composed
+from gptscale.config.rules import run_steps, tokens_per_step
+from gptscale.config.schema import TrainRoot
+from gptscale.evaluate.heldout import HeldoutLoss
+from gptscale.model.count import flops_per_token, parameter_count
+from gptscale.parallel.ranks import Ranks
+from gptscale.runtime.hardware import peak_flops
+from gptscale.train.metrics import MetricsFile
+from gptscale.train.progress import Progress
+from gptscale.train.report import write_report
+from gptscale.train.run_folder import RunFolder
+from gptscale.train.setup import Corpora
+from gptscale.train.tracker import Tracker, build_tracker
+
+LOG = logging.getLogger("gptscale.train")
+
+
+class Watcher:
+    """Records and shows a run. On other ranks than 0 every method does nothing."""
+
+    def __init__(
+        self, composed: Composed[TrainRoot], folder: RunFolder, corpora: Corpora, progress: Progress, ranks: Ranks
+    ) -> None:
+        self._speaks = ranks.rank == 0
+        if not self._speaks:
+            return
+        settings = composed.settings
+        self._settings = settings
+        self._folder = folder
+        self._corpora = corpora
+        self._total_steps = run_steps(settings)
+        self._device = ranks.device
+        self._ranks = ranks.size
+        self._parameters = parameter_count(settings.model, corpora.vocab_size, settings.data.sequence_length)
+        self._flops_per_token = flops_per_token(settings.model, corpora.vocab_size, settings.data.sequence_length)
+        peak = peak_flops(device_name(ranks.device), settings.precision.compute)
+        self._peak_flops = None if peak is None else peak * ranks.size
+        self._metrics = MetricsFile(folder.metrics, progress.step)
+        self._tracker: Tracker = build_tracker(settings.logging, folder.path, composed.public)
+        self._started_s = time.monotonic()
+        self._started_step = progress.step
+        self._heldout: HeldoutLoss | None = None
+        self._announce(progress)
+
+    def step(
+        self, progress: Progress, loss: float, grad_norm: float, rate: float, step_time_s: float, wait_s: float
+    ) -> None:
+        if not self._speaks:
+            return
+        tokens_per_sec = tokens_per_step(self._settings) / step_time_s
+        flops = tokens_per_sec * self._flops_per_token
+        values = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "train/lr": rate,
+            "throughput/tokens_per_sec": tokens_per_sec,
+            "throughput/mfu": None if self._peak_flops is None else flops / self._peak_flops,
+            "throughput/step_time_s": step_time_s,
+            "throughput/data_wait_pct": 100.0 * wait_s / step_time_s,
+            "data/sample_hash": f"{progress.sample_hash:016x}",
+            "memory/peak_bytes": peak_bytes(self._device),
+        }
+        self._metrics.write(values)
+        self._tracker.log(progress.step, values)
+        first = progress.step == self._started_step + 1
+        if first or progress.step == self._total_steps or progress.step % self._settings.logging.print_every_steps == 0:
+            LOG.info(
+                f"step {progress.step}/{self._total_steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  "
+                f"{tokens_per_sec:,.0f} tokens/s  {self._time_left(progress.step)}"
+            )
+
+    def evaluated(self, progress: Progress, result: HeldoutLoss) -> None:
+        if not self._speaks:
+            return
+        self._heldout = result
+        values = {
+            "step": progress.step,
+            "eval/loss": result.loss,
+            "eval/perplexity": result.perplexity,
+            "eval/bits_per_byte": result.bits_per_byte,
+        }
+        self._metrics.write(values)
+        self._tracker.log(progress.step, values)
+        LOG.info(
+            f"step {progress.step}: held-out loss {result.loss:.4f} nats a token, "
+            f"{result.bits_per_byte:.3f} bits a byte, over {result.tokens:,} tokens"
+        )
+
+    def conclude(self) -> None:
+        """Compare with the bigram model, where that is asked for, and write the report."""
+        if not self._speaks:
+            return
+        baseline = None
+        if self._settings.evaluation.bigram and self._heldout is not None:
+            baseline = self._bigram()
+            verdict = "below" if self._heldout.loss < baseline else "NOT below"
+            LOG.info(
+                f"held-out loss {self._heldout.loss:.4f} is {verdict} the {baseline:.4f} of an interpolated bigram "
+                "model fitted to the same tokens"
+            )
+        self._write_report(baseline)
+
+    def finished(self, progress: Progress) -> None:
+        if self._speaks:
+            LOG.info(f"done: {progress.step} steps, {progress.tokens:,} tokens; report: {self._folder.report}")
+
+    def close(self) -> None:
+        if self._speaks:
+            self._metrics.close()
+            self._tracker.close()
+
+    def _write_report(self, baseline: float | None) -> None:
+        settings = self._settings
+        facts = {"parameters": f"{self._parameters:,}", "device": f"{self._ranks} × {device_name(self._device)}"}
+        if self._heldout is not None:
+            facts["held-out loss"] = f"{self._heldout.loss:.4f} nats a token"
+            facts["held-out bits a byte"] = f"{self._heldout.bits_per_byte:.4f}"
+        if baseline is not None:
+            facts["bigram model, same tokens"] = f"{baseline:.4f} nats a token"
+        facts["corpus"] = ", ".join(corpus.path for corpus in self._corpora.folders)
+        facts["operations a token"] = f"{self._flops_per_token:,} (forward and backward, attention counted causally)"
+        config_yaml = (self._folder.path / "config.yaml").read_text(encoding="utf-8")
+        with self._folder.explained():
+            write_report(self._folder.report, self._folder.metrics, f"{settings.run.name}", facts, config_yaml)
+
+    def _announce(self, progress: Progress) -> None:
+        settings = self._settings
+        text_tokens = self._corpora.stream.samples_per_epoch * settings.data.sequence_length
+        engine = settings.parallel.engine
+        layout = "plain" if engine == "plain" else f"ZeRO-{settings.parallel.zero_stage}"
+        if progress.step:
+            LOG.info(f"going on with {self._folder.path} from step {progress.step}")
+        LOG.info(
+            f"{self._parameters:,} parameters, {text_tokens:,} tokens of text, {self._ranks} ranks ({layout}), "
+            f"{settings.precision.compute}, {tokens_per_step(settings):,} tokens a step"
+        )
+
+    def _bigram(self) -> float:
+        from gptscale.evaluate.bigram import bigram_loss
+
+        return bigram_loss(
+            Path(self._corpora.folders[0].path),
+            self._settings.data.sequence_length,
+            self._settings.evaluation.sequences,
+        )
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._started_step
+        left_s = (time.monotonic() - self._started_s) / done * (self._total_steps - step)
+        return f"{int(left_s) // 60}:{int(left_s) % 60:02d} left"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,51 @@
+"""Fixtures that several suites share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from tests.helpers.training import write_corpus
+
+MAY_SKIP: frozenset[str] = frozenset()
+"""Reasons for which a test may be left out in CI. None: what a test needs there, `.ci/run` installs."""
+
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skipped.append(f"{report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Whole files that leave themselves out."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skipped.append(f"{report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    unlisted = [line for line in _skipped if line.partition(": ")[2] not in MAY_SKIP]
+    if os.environ.get("CI") == "true" and unlisted and session.exitstatus == 0:
+        print("\nskipped, which CI does not accept:", *unlisted, sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Everything but `make test-gpu` runs on the CPU, also on a machine with fewer GPUs than a test has ranks."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder with a vocabulary of 384."""
+    from gptscale.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    source = SourceConfig(path=str(write_corpus(folder)), licence="made for the test")
+    data = DataConfig(sources=(source,), heldout_fraction=0.1, workers=1)
+    return prepare(data, TokenizerConfig(vocab_size=384), folder / "prepared").folder

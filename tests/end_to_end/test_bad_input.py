@@ -1,0 +1,206 @@
+"""What a user can get wrong: exit 2, at most two lines that name the key or file and the fix, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gptscale.cli.main import main
+from tests.helpers.training import run_training, small_run, write_corpus
+
+GPTSCALE = str(Path(sys.executable).parent / "gptscale")
+
+
+def refused(code: int, err: str, *words: str) -> None:
+    lines = err.strip().splitlines()
+    assert code == 2, err
+    assert 1 <= len(lines) <= 2, err
+    for word in words:
+        assert word in err, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "model.layerz=2"], ["model.layerz", "model.layers"]),
+        (["train", "layers=2"], ["layers", "model.layers"]),
+        (["train", "experiment=tinny"], ["experiment=tinny", "experiment=tiny"]),
+        (["train", "model=gpt"], ["model=gpt"]),
+        (["train", "train.steps=many"], ["train.steps", "whole number"]),
+        (["train", "experiment=tiny", "model.norm=rms"], ["model.norm", "rmsnorm"]),
+        (["train", "experiment=tiny", "model.width=65"], ["model.heads=4", "model.width=65", "64"]),
+        (["train", "experiment=tiny", "train.global_batch=9", "launch.ranks=2"], ["train.global_batch=9", "8 or 10"]),
+        (["train", "experiment=tiny", "train.tokens=100"], ["train.steps", "train.tokens"]),
+        (["train", "experiment=tiny", "parallel.tensor=2"], ["parallel.tensor=2", "zero_stage"]),
+        (["train", "experiment=tiny", "parallel.zero_stage=4"], ["parallel.zero_stage=4"]),
+        (["train", "experiment=tiny", "parallel=plain", "launch.ranks=2"], ["parallel.engine=plain"]),
+        (["train", "experiment=tiny", "checkpoint.keep=1"], ["checkpoint.keep=1"]),
+        (["train", "experiment=tiny", "optimizer.learning_rate=0"], ["optimizer.learning_rate"]),
+        (["train", "experiment=tiny", "optimizer.beta2=1"], ["optimizer.beta2=1"]),
+        (["train", "experiment=tiny", "parallel.timeout_s=-1"], ["parallel.timeout_s=-1"]),
+        (["train", "experiment=tiny", "launch.threads=0"], ["launch.threads=0"]),
+        (["train", "experiment=tiny", "launch.nodes=2"], ["launch.nodes=2", "srun"]),
+        (["train", "experiment=tiny", "model.kv_heads=0"], ["model.kv_heads=0"]),
+        (["train", "experiment=tiny", "model.init_std=0"], ["model.init_std=0", "0.02"]),
+        (["train", "experiment=tiny", "precision.compute=fp16"], ["precision.compute=fp16", "bf16"]),
+        (["train", "experiment=tiny", "schedule.name=cosin"], ["schedule.name=cosin", "cosine"]),
+        (["train", "experiment=tiny", "optimizer.name=adam"], ["optimizer.name=adam", "adamw"]),
+        (["train", "experiment=tiny", "run.resume=newer"], ["run.resume=newer", "never"]),
+        (["train", "experiment=tiny", "run.name="], ["run.name"]),
+        (["train", "experiment=tiny", "run=mine"], ["run", "group"]),
+        (["train", "experiment=tiny", "data.path=/nowhere"], ["/nowhere"]),
+        (["train", "a b"], ["key=value"]),
+        (["trian"], ["train"]),
+        (["generate"], ["source"]),
+        (["generate", "source=/nowhere", "prompt=x"], ["/nowhere"]),
+    ],
+    ids=lambda item: " ".join(item) if isinstance(item, list) else "",
+)
+def test_settings(
+    arguments: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = main(arguments)
+    refused(code, capsys.readouterr().err, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def empty(folder: Path) -> Path:
+    (folder / "text.jsonl").write_text("")
+    return folder / "text.jsonl"
+
+
+def without_text(folder: Path) -> Path:
+    (folder / "text.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    return folder / "text.jsonl"
+
+
+def binary(folder: Path) -> Path:
+    (folder / "text.txt").write_bytes(bytes(range(256)) * 20)
+    return folder / "text.txt"
+
+
+def broken_utf8(folder: Path) -> Path:
+    (folder / "text.txt").write_bytes("a good start é".encode() + b"\xff\xfe and an end")
+    return folder / "text.txt"
+
+
+def missing(folder: Path) -> Path:
+    return folder / "nothing.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (empty, []),
+        (without_text, ["text.jsonl:2", "text"]),
+        (binary, ["text.txt"]),
+        (broken_utf8, ["text.txt"]),
+        (missing, ["nothing.jsonl"]),
+    ],
+)
+def test_text(
+    make: Callable[[Path], Path], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = make(tmp_path)
+    target = tmp_path / "prepared"
+    code = main(["prepare", f"target={target}", f"data.sources=[{{path: {source}}}]", "data.workers=1"])
+    refused(code, capsys.readouterr().err, *words)
+    assert not target.exists()
+    assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")} <= {source.name}
+
+
+def test_a_vocabulary_that_the_corpus_cannot_support(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source = write_corpus(tmp_path, documents=40)
+    target = tmp_path / "prepared"
+    arguments = ["prepare", f"target={target}", f"data.sources=[{{path: {source}}}]", "data.workers=1"]
+    refused(main([*arguments, "tokenizer.vocab_size=20000"]), capsys.readouterr().err, "tokenizer.vocab_size")
+    assert not target.exists()
+
+
+def test_a_missing_shard_is_named_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(corpus, damaged)
+    (damaged / "train" / "shard-00000.tok.npy").unlink()
+    started = run_training([*small_run(damaged, tmp_path / "run"), "parallel.engine=plain"], 1, tmp_path, code=2)
+    refused(2, started.text(), "shard-00000.tok.npy")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_resume_with_other_settings_shows_the_difference(corpus: Path, tmp_path: Path) -> None:
+    arguments = [*small_run(corpus, tmp_path / "run"), "parallel.engine=plain", "train.steps=4"]
+    run_training(arguments, 1, tmp_path)
+    before = snapshot(tmp_path / "run")
+    more = ["train.steps=8", "model.layers=3", "tokenizer.vocab_size=400"]
+    started = run_training([*arguments, *more], 1, tmp_path, code=2)
+    refused(2, started.text(), "model.layers: 2 → 3", "tokenizer.vocab_size: 512 → 400")
+    started = run_training([*arguments, "run.resume=never"], 1, tmp_path, code=2)
+    refused(2, started.text(), "run.resume=never")
+    assert snapshot(tmp_path / "run") == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_resume_with_another_vocabulary_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """The same settings over a folder that was prepared anew with other tokens."""
+    arguments = [*small_run(corpus, tmp_path / "run"), "parallel.engine=plain", "train.steps=4"]
+    run_training(arguments, 1, tmp_path)
+    other = tmp_path / "other"
+    source = write_corpus(tmp_path / "text")
+    assert main(["prepare", f"target={other}", f"data.sources=[{{path: {source}}}]", "tokenizer.vocab_size=390"]) == 0
+    again = [item for item in arguments if not item.startswith("data.path")]
+    started = run_training([*again, f"data.path={other}", "train.steps=8"], 1, tmp_path, code=2)
+    refused(2, started.text(), "data identity")
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_ends_the_run_and_keeps_older_checkpoints(corpus: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        arguments = [
+            *small_run(corpus, disk / "run"),
+            "model.width=64",
+            "checkpoint.every_steps=1",
+            "checkpoint.keep=9",
+        ]
+        started = run_training([*arguments, "parallel.engine=plain"], 1, tmp_path, code=2)
+        assert "no space" in started.text().lower()
+        assert "Traceback" not in started.text()
+        checkpoints = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
+        assert checkpoints
+        assert all(name.startswith("step-") for name in checkpoints), "something half-written is left"
+        done = subprocess.run(
+            [GPTSCALE, "generate", f"source={disk / 'run'}", "prompt=the", "generate.max_new_tokens=4"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        # Space again, and the run goes on from there.
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        run_training([*arguments, "parallel.engine=plain"], 1, tmp_path)
+        steps = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert max(steps) == 12

@@ -1,0 +1,153 @@
+"""srun and our job script on a real SLURM cluster, private to the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.processes import REPOSITORY, wait_until
+from tests.helpers.slurm import Cluster, missing_programs, slurm_cluster
+
+WORKER = (sys.executable, "-m", "tests.helpers.worker")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if missing := missing_programs():
+        message = f"not installed: {', '.join(missing)} (apt-get install slurm-wlm slurm-client munge)"
+        assert os.environ.get("CI") != "true", message
+        pytest.skip(message)
+    if os.getuid() != 0:
+        assert os.environ.get("CI") != "true", "slurmd needs root"
+        pytest.skip("slurmd needs root")
+    with slurm_cluster() as running:
+        yield running
+
+
+def reports(folder: Path, count: int) -> list[dict[str, Any]]:
+    wait_until(lambda: len(list(folder.glob("rank-*.json"))) == count, f"{count} ranks", timeout_s=30)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(count)]
+
+
+def wait_until_dead(pids: list[int], timeout_s: float) -> None:
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), f"ranks {pids} end", timeout_s)
+
+
+def test_srun_ranks_know_their_place_and_scancel_leaves_nobody(cluster: Cluster, tmp_path: Path) -> None:
+    hard = ["name=x y", "+a.b=[1, 2]", 'q="so"', "$(touch no)"]
+    srun = cluster.start("srun", "--nodes=2", "--ntasks-per-node=1", *WORKER, str(tmp_path), "save", *hard)
+    try:
+        ranks = reports(tmp_path, 2)
+        places = [rank["info"] for rank in ranks]
+        assert [place.pop("rank") for place in places] == [0, 1]
+        port = places[0]["master_port"]
+        assert 20_000 <= port < 30_000
+        assert places == 2 * [
+            {
+                "world_size": 2,
+                "local_rank": 0,
+                "local_world_size": 1,
+                "launcher": "slurm",
+                "master_address": "n0",
+                "master_port": port,
+            }
+        ]
+        assert [rank["arguments"] for rank in ranks] == [hard, hard]
+        assert all(len(rank["watched"]) == 1 for rank in ranks)
+        cluster.run("scancel", "--user=root")
+        wait_until_dead([rank["pid"] for rank in ranks], timeout_s=4)
+        assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+        srun.wait(timeout=20)
+    finally:
+        srun.kill()
+        srun.communicate()
+
+
+@pytest.mark.parametrize("victim", ["srun", "slurmstepd"])
+def test_ranks_end_with_srun_and_with_the_step_manager(cluster: Cluster, tmp_path: Path, victim: str) -> None:
+    behaviour = "stuck@1,wait@0" if victim == "slurmstepd" else "wait"
+    srun = cluster.start("srun", "--nodes=1", "--ntasks=2", *WORKER, str(tmp_path), behaviour)
+    try:
+        ranks = reports(tmp_path, 2)
+        assert [rank["info"]["local_rank"] for rank in ranks] == [0, 1]
+        assert [rank["info"]["local_world_size"] for rank in ranks] == [2, 2]
+        assert {rank["info"]["master_address"] for rank in ranks} == {"127.0.0.1"}
+        os.kill(srun.pid if victim == "srun" else ranks[0]["watched"][0], signal.SIGKILL)
+        wait_until_dead([rank["pid"] for rank in ranks], timeout_s=2)
+    finally:
+        srun.kill()
+        srun.communicate()
+
+
+def submit_job_script(cluster: Cluster, folder: Path) -> str:
+    """`sbatch launch/train.slurm`, where `python` is our torch-free worker: started again it is done at once."""
+    (folder / "bin").mkdir()
+    python = folder / "bin/python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        'test "$1 $2" = "-m gptscale.train" || exit 9\n'
+        "behaviour=save\n"
+        'if [[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]]; then behaviour=exit=0; fi\n'
+        f'exec {" ".join(WORKER)} "$3" "$behaviour" "${{@:4}}"\n'
+    )
+    python.chmod(0o755)
+    environ = {**cluster.environ, "PATH": f"{folder}/bin:{cluster.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    options = ["--parsable", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={folder}/out"]
+    done = subprocess.run(
+        ["sbatch", *options, str(REPOSITORY / "launch/train.slurm"), str(folder), "name=x y", "b=[1, 2]"],
+        env=environ,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def state(cluster: Cluster, job: str) -> str:
+    shown = cluster.run("scontrol", "show", "job", job)
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)["JobState"]
+
+
+def test_the_job_script_saves_requeues_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit_job_script(cluster, tmp_path)
+    first = reports(tmp_path, 2)
+    assert [rank["arguments"] for rank in first] == [["name=x y", "b=[1, 2]"]] * 2
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    wait_until_dead([rank["pid"] for rank in first], timeout_s=10)
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in range(2)] == ["SIGUSR1"] * 2
+    wait_until(lambda: state(cluster, job) == "PENDING", "the job is requeued", timeout_s=20)
+
+    # SLURM holds a requeued job for a while, set anew when its former nodes report; a start within the second of its
+    # end is refused for good ("Job credential revoked"). So: lift the hold, but not before that.
+    time.sleep(2.5)
+
+    def done() -> bool:
+        now = state(cluster, job)
+        if now == "PENDING":
+            cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            time.sleep(0.3)
+        return now == "COMPLETED"
+
+    wait_until(done, "the job is done", timeout_s=40)
+    second = reports(tmp_path, 2)
+    assert second[0]["info"]["master_port"] != first[0]["info"]["master_port"]
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit_job_script(cluster, tmp_path)
+    ranks = reports(tmp_path, 2)
+    cluster.run("scancel", job)
+    wait_until_dead([rank["pid"] for rank in ranks], timeout_s=10)
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in range(2)] == ["SIGTERM"] * 2
+    wait_until(lambda: job not in cluster.run("squeue", "--noheader", "--format=%i"), "the job is gone", timeout_s=20)
+    assert state(cluster, job) == "CANCELLED"

@@ -1,0 +1,174 @@
+"""Ten optimizer steps of a small model on one layout, recorded for comparison. Runs inside a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gptscale.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainConfig,
+    TrainRoot,
+)
+from gptscale.flow import IGNORED_TARGET, Batch
+from gptscale.model.gpt import GPT
+from gptscale.model.init import initialise
+from gptscale.parallel.engine import Engine, build_engine
+from gptscale.parallel.ranks import Ranks
+from gptscale.runtime.process import find_process
+from gptscale.topology import BatchSplit, split_batch
+from gptscale.train.optimizer import build_optimizer
+
+STEPS, GLOBAL_BATCH, LENGTH, VOCABULARY = 10, 8, 32, 2000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model and way of computing it, on whatever layout."""
+
+    name: str
+    block: Literal["gpt3", "modern"]
+    tied: bool
+    compute: Literal["fp32", "bf16"]
+    masks: bool = True
+    """Targets that carry no loss, more of them in every next sequence: micro-batches and ranks weigh differently."""
+    poisoned: int | None = None
+    """A step whose batch makes the loss infinite."""
+    recompute: bool = False
+    """Activation checkpointing of every block on the layout under test; the plain reference keeps its activations."""
+    learning_rate: float = 1e-3
+    clip_norm: float = 1.0
+
+
+CELLS = (
+    Cell("bf16", "gpt3", True, "bf16"),
+    Cell("gpt3-tied", "gpt3", True, "fp32"),
+    Cell("modern-untied", "modern", False, "fp32"),
+    Cell("recomputed", "modern", True, "fp32", recompute=True),
+    Cell("skipped-step", "modern", True, "fp32", poisoned=3),
+)
+
+
+def settings(cell: Cell, engine: Literal["plain", "deepspeed"], stage: int, micro_batch: int) -> TrainRoot:
+    # init_std 0.2: weights large enough that a wrong mask or a missing scale shows. The embedding is above DeepSpeed's
+    # threshold (100,000 elements) below which stage 3 keeps a parameter whole.
+    model = ModelConfig(layers=2, width=64, heads=4, init_std=0.2, tied_embeddings=cell.tied)
+    if cell.block == "modern":
+        model = ModelConfig(
+            layers=2,
+            width=64,
+            heads=4,
+            kv_heads=2,
+            init_std=0.2,
+            tied_embeddings=cell.tied,
+            positions="rope",
+            norm="rmsnorm",
+            feedforward="swiglu",
+            bias=False,
+        )
+    return TrainRoot(
+        model=model,
+        parallel=ParallelConfig(engine=engine, zero_stage=stage),
+        precision=PrecisionConfig(cell.compute),
+        # With the usual epsilon of 1e-8 an element whose gradient is rounding noise moves by the whole learning rate:
+        # one of 131,072 did, by 5e-5, between two plain runs that differ in the micro-batch alone.
+        optimizer=OptimizerConfig(learning_rate=cell.learning_rate, clip_norm=cell.clip_norm, epsilon=1e-5),
+        data=DataConfig(sequence_length=LENGTH),
+        train=TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=micro_batch),
+    )
+
+
+def run_cells(engine: Literal["plain", "deepspeed"], stage: int, micro_batch: int, cells: tuple[Cell, ...]) -> None:
+    """Train every cell on this layout; rank r leaves `<cell>-r.npz` and `<cell>-r.json` in the working directory."""
+    process = find_process(os.environ)
+    torch.set_num_threads(1)
+    ranks = Ranks(process, deepspeed=engine == "deepspeed", timeout_s=60)
+    for cell in cells:
+        recorded, facts = _train(cell, settings(cell, engine, stage, micro_batch), ranks)
+        np.savez(Path(f"{cell.name}-{ranks.rank}.npz"), **recorded)
+        Path(f"{cell.name}-{ranks.rank}.json").write_text(json.dumps(facts))
+    ranks.close()
+
+
+def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.compute]
+    model = GPT(root.model, VOCABULARY, LENGTH, compute)
+    model.activation_checkpointing = "full" if cell.recompute and root.parallel.engine != "plain" else "none"
+    initialise(model, 0)
+    split = split_batch(GLOBAL_BATCH, root.train.micro_batch, ranks.size)
+    engine = build_engine(model, build_optimizer(model, root.optimizer), root, split, ranks)
+    recorded: dict[str, npt.NDArray[Any]] = {}
+    losses, norms, heldout = [], [], []
+    for step in range(STEPS):
+        microbatches = batches(step, cell, split, ranks.rank)
+        if step == cell.poisoned:
+            with poison(model):
+                result = engine.train_step(microbatches, cell.learning_rate)
+        else:
+            result = engine.train_step(microbatches, cell.learning_rate)
+        losses.append(float(result.loss))
+        norms.append(float(result.grad_norm))
+        if step == 0:  # Adam's first moment after one step is the clipped gradient, times 1 − β1
+            recorded |= {f"gradient:{name}": value for name, value in gathered(engine, "exp_avg").items()}
+        sums = [engine.eval_step(batch) for batch in microbatches]
+        heldout.append(float(ranks.sum_tensor(torch.stack(sums).sum())))
+    recorded |= {f"weight:{name}": value for name, value in gathered(engine, "weight").items()}
+    recorded |= {"loss": np.array(losses), "norm": np.array(norms), "heldout": np.array(heldout)}
+    pieces = engine.pieces()
+    inner = getattr(engine, "_engine", None)
+    facts = {
+        "engine": type(engine).__name__,
+        "optimizer": type(getattr(engine, "_optimizer", None)).__name__,
+        "stage": None if inner is None else inner.zero_optimization_stage(),
+        "updates": engine.updates(),
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        "written": sum(piece.values.numel() for piece in pieces if piece.writes and piece.kind == "weight"),
+        "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind == "exp_avg"),
+        "weights_held": sum(getattr(p, "ds_tensor", p.data).numel() for p in model.parameters()),
+    }
+    return recorded, facts
+
+
+def gathered(engine: Engine, kind: str) -> dict[str, npt.NDArray[Any]]:
+    """This rank's pieces of one kind, under `name@start`, with the whole shape's size implied by the name."""
+    return {f"{p.parameter}@{p.start}": p.values.cpu().numpy().copy() for p in engine.pieces() if p.kind == kind}
+
+
+def batches(step: int, cell: Cell, split: BatchSplit, data_rank: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, LENGTH + 1), generator=generator)
+    targets = rows[:, 1:].clone()
+    if cell.masks:
+        for row in range(GLOBAL_BATCH):
+            targets[row, : 3 * row] = IGNORED_TARGET
+    mine = list(split.rows(data_rank))
+    return [
+        Batch(inputs, marked, int((marked != IGNORED_TARGET).sum()))
+        for inputs, marked in zip(
+            rows[mine, :-1].split(split.micro_batch), targets[mine].split(split.micro_batch), strict=True
+        )
+    ]
+
+
+class poison:  # noqa: N801 (reads as a verb where it is used)
+    """Makes the embedding's output infinite, and so every gradient not finite, for one step."""
+
+    def __init__(self, model: GPT) -> None:
+        self._handle = model.embedding.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()

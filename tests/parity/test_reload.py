@@ -1,0 +1,100 @@
+"""State goes from any stage to any other and back without losing a bit, and nothing is compiled on the way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from gptscale.checkpoint.read import open_checkpoint
+from gptscale.checkpoint.restore import restore_from
+from gptscale.checkpoint.write import save_checkpoint
+from gptscale.model.gpt import GPT
+from gptscale.model.init import initialise
+from gptscale.parallel.engine import build_engine
+from gptscale.parallel.ranks import Ranks
+from gptscale.runtime.process import find_process
+from gptscale.topology import split_batch
+from gptscale.train.optimizer import build_optimizer
+from tests.helpers import ranks as processes
+from tests.parity.cells import CELLS, GLOBAL_BATCH, LENGTH, VOCABULARY, batches, settings
+
+Layout = tuple[Literal["plain", "deepspeed"], int, int]
+CHAIN: tuple[Layout, ...] = (
+    ("plain", 0, 1),
+    ("deepspeed", 3, 2),
+    ("deepspeed", 1, 2),
+    ("deepspeed", 0, 2),
+    ("deepspeed", 2, 2),
+    ("deepspeed", 3, 1),
+    ("plain", 0, 1),
+)
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def refuse_compilers() -> None:
+    import torch.utils.cpp_extension as compilers
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("something wants to compile an operation")
+
+    for name in ("load", "load_inline", "_jit_compile"):
+        setattr(compilers, name, refuse)
+
+
+def step_and_save(engine_name: Literal["plain", "deepspeed"], stage: int, source: str | None, target: str) -> None:
+    """Load what `source` holds into a fresh engine of another seed; save it again, or train three steps without one."""
+    refuse_compilers()
+    cell = next(cell for cell in CELLS if cell.name == "gpt3-tied")
+    root = settings(cell, engine_name, stage, 2)
+    ranks = Ranks(find_process(os.environ), deepspeed=engine_name == "deepspeed", timeout_s=60)
+    model = GPT(root.model, VOCABULARY, LENGTH, torch.float32)
+    initialise(model, 0 if source is None else 17)
+    split = split_batch(GLOBAL_BATCH, 2, ranks.size)
+    engine = build_engine(model, build_optimizer(model, root.optimizer), root, split, ranks)
+    if source is None:
+        for step in range(3):
+            engine.train_step(batches(step, cell, split, ranks.rank), cell.learning_rate)
+        updates = engine.updates()
+    else:
+        updates = restore_from(Path(source), engine.pieces(), ranks, print).state["updates"]
+        engine.loaded(updates)
+        assert engine.updates() == updates
+    save_checkpoint(
+        Path(target),
+        updates,
+        engine.pieces(),
+        state={"updates": updates},
+        layout={},
+        comm=ranks,
+        keep=2,
+        report=print,
+    )
+    # What was loaded is what the model computes with, not only what the optimizer holds.
+    loss = ranks.sum_tensor(sum((engine.eval_step(b) for b in batches(9, cell, split, ranks.rank)), torch.zeros(())))
+    if ranks.rank == 0:
+        Path(target, "loss.txt").write_text(repr(float(loss)))
+    ranks.close()
+
+
+def test_a_state_survives_every_change_of_layout(tmp_path: Path) -> None:
+    source = None
+    for number, (engine, stage, size) in enumerate(CHAIN):
+        target = tmp_path / str(number)
+        processes.run(step_and_save, [engine, stage, source, str(target)], size, tmp_path / f"work-{number}")
+        source = str(target / "step-00000003")
+    first = open_checkpoint(tmp_path / "0" / "step-00000003")
+    loss = float((tmp_path / "0" / "loss.txt").read_text())
+    for number in range(1, len(CHAIN)):
+        later = open_checkpoint(tmp_path / str(number) / "step-00000003")
+        assert later.shapes == first.shapes
+        for name in first.shapes:
+            for kind in KINDS:
+                one, other = first.read_parameter(name, kind), later.read_parameter(name, kind)
+                assert np.array_equal(one.numpy(), other.numpy()), (CHAIN[number], name, kind)
+        assert float((tmp_path / str(number) / "loss.txt").read_text()) == pytest.approx(loss, rel=1e-6)
+    assert any(float(first.read_parameter(name, "exp_avg").abs().max()) > 0 for name in first.shapes)

@@ -1,0 +1,73 @@
+"""Who takes part, with which settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gptscale.bench.contender import build_contenders
+from gptscale.config.compose import compose
+from gptscale.config.schema import BenchConfig, BenchRoot
+from gptscale.runtime.errors import UserError
+
+
+def settings(*overrides: str, **bench: Any) -> BenchRoot:
+    root = compose("bench", BenchRoot, overrides).settings
+    return replace(root, bench=BenchConfig(**bench))
+
+
+def test_one_rank_has_a_bare_loop_for_reference_and_every_engine() -> None:
+    contenders = build_contenders(settings())
+    assert [c.name for c in contenders] == ["bare", "plain", "zero0", "zero1", "zero2", "zero3", "matmul"]
+    engines = {c.name: (c.settings.parallel.engine, c.settings.parallel.zero_stage) for c in contenders[1:-1]}
+    assert engines["plain"][0] == "plain"
+    assert {name: engine for name, engine in engines.items() if name != "plain"} == {
+        f"zero{stage}": ("deepspeed", stage) for stage in range(4)
+    }
+
+
+def test_contenders_differ_in_their_engine_alone() -> None:
+    contenders = build_contenders(settings())
+    same = contenders[0].settings.parallel
+    assert len({replace(c.settings, parallel=same) == contenders[0].settings for c in contenders}) == 1
+    assert {(c.ranks, c.threads, c.split) for c in contenders} == {(1, 1, contenders[0].split)}
+
+
+def test_several_ranks_are_compared_with_ddp() -> None:
+    contenders = build_contenders(settings(ranks=2, contenders=("zero2",)))
+    assert [(c.name, c.kind, c.ranks) for c in contenders] == [
+        ("ddp", "ddp", 2),
+        ("zero2", "engine", 2),
+        ("matmul", "matmul", 2),
+    ]
+    assert contenders[0].split.accumulation * 2 == build_contenders(settings())[0].split.accumulation
+
+
+def test_an_experiment_is_measured_as_it_would_train() -> None:
+    composed = settings("experiment=first", "model.layers=3", ranks=2)
+    first = build_contenders(composed)[0].settings
+    assert (first.model.layers, first.model.width) == (3, composed.model.width)
+    assert first.model.positions == "rope"
+    assert first.train.micro_batch == composed.train.micro_batch
+
+
+@pytest.mark.parametrize(
+    ("bench", "lines"),
+    [
+        ({"contenders": ("zer2",)}, "there is no 'zer2'\ndid you mean zero2\\?"),
+        ({"contenders": ("plain",), "ranks": 2}, "there is no 'plain'\n.*ddp, zero0"),
+        ({"contenders": ("ddp",)}, "there is no 'ddp'\nwith bench.ranks=1 there are: bare"),
+        ({"ranks": 3}, "train.global_batch"),
+    ],
+)
+def test_what_cannot_be_is_answered_with_what_can(bench: dict[str, Any], lines: str) -> None:
+    with pytest.raises(UserError, match=lines):
+        build_contenders(settings(**bench))
+
+
+@pytest.mark.parametrize("key", ["rounds", "steps_per_turn", "warmup_steps", "ranks", "threads"])
+def test_nothing_is_measured_zero_times(key: str) -> None:
+    with pytest.raises(UserError, match=f"bench.{key}=0 is below 1\nset bench.{key}=1"):
+        build_contenders(settings(**{key: 0}))

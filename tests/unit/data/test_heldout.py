@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gptscale.data.heldout import heldout_batches
+from gptscale.data.shards import MANIFEST
+from gptscale.flow import IGNORED_TARGET
+from gptscale.runtime.errors import UserError
+from gptscale.tokenizer import Tokenizer
+
+
+def pairs(folder: Path, length: int, limit: int) -> list[tuple[int, int]]:
+    """(input, target) of every target, by definition: rows of each shard in order, the last one shorter."""
+    rows = []
+    for path in sorted((folder / "heldout").glob("*.tok.npy")):
+        tokens = np.load(path).tolist()
+        rows += [tokens[start : start + length + 1] for start in range(0, len(tokens) - 1, length)]
+    rows = rows[:limit] if limit else rows
+    return [pair for row in rows for pair in itertools.pairwise(row)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize(("length", "limit"), [(32, 0), (32, 7), (32, 1), (1000, 0), (100_000, 0)])
+def test_ranks_together_see_every_target_once(prepared: Path, ranks: int, length: int, limit: int) -> None:
+    found: list[tuple[int, int]] = []
+    by_rank = [heldout_batches(prepared, length, 3, limit, rank, ranks) for rank in range(ranks)]
+    assert len({len(batches) for batches in by_rank}) == 1
+    for batches in by_rank:
+        seen = list(batches)
+        assert len(seen) == len(batches)
+        for batch in seen:
+            assert batch.inputs_BT.shape == batch.targets_BT.shape == (3, length)
+            assert batch.inputs_BT.dtype == batch.targets_BT.dtype == torch.int64
+            assert batch.inputs_BT.min() >= 0
+            real = batch.targets_BT != IGNORED_TARGET
+            assert batch.loss_tokens == int(real.sum())
+            found += zip(batch.inputs_BT[real].tolist(), batch.targets_BT[real].tolist(), strict=True)
+    expected = pairs(prepared, length, limit)
+    assert sorted(found) == sorted(expected)
+    assert {batches.loss_tokens for batches in by_rank} == {len(expected)}
+    if ranks == 1:
+        assert found == expected
+
+
+def test_bits_per_byte_are_of_the_bytes_that_the_targets_stand_for(prepared: Path) -> None:
+    batches = heldout_batches(prepared, 64, 4, 5, 0, 1)
+    tokenizer = Tokenizer.load(prepared / "tokenizer.model")
+    text = tokenizer.decode_bytes([target for _, target in pairs(prepared, 64, 5)])
+    assert batches.text_bytes == len(text)
+    # A model that knows nothing but the 256 bytes and ends of text: ln(256) a byte is 8 bits.
+    loss = math.log(256) * len(text) / batches.loss_tokens
+    assert batches.bits_per_byte(loss) == pytest.approx(8.0)
+
+
+def test_the_batches_can_be_read_again(prepared: Path) -> None:
+    batches = heldout_batches(prepared, 32, 4, 10, 0, 2)
+    for first, second in zip(batches, batches, strict=True):
+        assert torch.equal(first.inputs_BT, second.inputs_BT)
+
+
+def test_an_unfinished_heldout_part_is_refused(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "corpus")
+    (tmp_path / "corpus/heldout" / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"heldout/manifest\.json"):
+        heldout_batches(tmp_path / "corpus", 32, 4, 0, 0, 1)
