@@ -22,9 +22,8 @@ def test_an_offline_record_keeps_its_id(tmp_path: Path, monkeypatch: pytest.Monk
         tracker.close()
     ident = (tmp_path / "wandb-id").read_text()
     records = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert records
-    assert all(path.name.endswith(ident) for path in records)
-    assert all(list(path.glob("*.wandb")) for path in records)
+    assert len(records) == 2
+    assert [[path.name for path in record.glob("*.wandb")] for record in records] == [[f"run-{ident}.wandb"]] * 2
 
 
 def test_by_default_nothing_is_recorded_elsewhere(tmp_path: Path) -> None:
