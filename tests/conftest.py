@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from tests.helpers.slurm import Cluster, missing_programs, slurm_cluster
 from tests.helpers.training import write_corpus
 
 MAY_SKIP: frozenset[str] = frozenset()
@@ -49,3 +51,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = SourceConfig(path=str(write_corpus(folder)), licence="made for the test")
     data = DataConfig(sources=(source,), heldout_fraction=0.1, workers=1)
     return prepare(data, TokenizerConfig(vocab_size=384), folder / "prepared").folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A real SLURM cluster of two nodes, private to a test file."""
+    if missing := missing_programs():
+        message = f"not installed: {', '.join(missing)} (apt-get install slurm-wlm slurm-client munge)"
+        assert os.environ.get("CI") != "true", message
+        pytest.skip(message)
+    if os.getuid() != 0:
+        assert os.environ.get("CI") != "true", "slurmd needs root"
+        pytest.skip("slurmd needs root")
+    with slurm_cluster() as running:
+        yield running

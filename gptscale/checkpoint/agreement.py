@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
-from gptscale.runtime.errors import UserError
+from gptscale.runtime.errors import PeerCrashedError, PeerFailedError, UserError
 
 Result = TypeVar("Result")
 
@@ -37,16 +37,10 @@ class Alone:
         return ok
 
 
-class PeerFailedError(UserError):
-    """Another rank failed and says why; this one only stops with it."""
-
-
 def all_or_none(
     comm: Communicator, action: Callable[[], Result], undertaking: str, undo: Callable[[], None] | None = None
 ) -> Result:
-    """Run `action` on this rank; if it raised on any rank, raise on all: its own error on a rank that has one.
-
-    Where rank 0 has one of the user's mistakes to tell, it tells it for all, which mostly have the same.
+    """Run `action` on this rank; if it raised on any rank, raise on all, as `stop_together` does.
 
     Once all ranks know of a failure, and so none of them is still at work, `undo` runs on each.
     """
@@ -59,10 +53,21 @@ def all_or_none(
         return result
     if undo is not None:
         undo()
-    first_tells = not comm.agree(comm.rank != 0 or failure is None)
+    stop_together(comm, failure, undertaking)
+
+
+def stop_together(comm: Communicator, failure: Exception | None, undertaking: str) -> NoReturn:
+    """Raise on every rank, once all know that one of them has a `failure`: its own error on a rank that has one.
+
+    Where rank 0 has one of the user's mistakes to tell, it tells it for all, which mostly have the same. A rank that
+    tells nothing raises PeerFailedError, or PeerCrashedError where any rank met a bug.
+    """
+    only_mistakes = comm.agree(failure is None or isinstance(failure, UserError))
+    first_tells = not comm.agree(comm.rank != 0 or not isinstance(failure, UserError))
     if failure is not None and not (first_tells and comm.rank != 0 and isinstance(failure, UserError)):
         raise failure
-    raise PeerFailedError(f"{undertaking} failed on another rank, which says why")
+    message = f"{undertaking} failed on another rank, which says why"
+    raise PeerFailedError(message) if only_mistakes else PeerCrashedError(message)
 
 
 def tell_number(comm: Communicator, number: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gptscale.checkpoint.agreement import Communicator, PeerFailedError, tell_number
+from gptscale.checkpoint.agreement import Communicator, stop_together, tell_number
 from gptscale.checkpoint.folder import checkpoint_name, list_checkpoints, step_of, tidy
 from gptscale.checkpoint.manifest import DamagedError
 from gptscale.checkpoint.read import Checkpoint, open_checkpoint
@@ -27,8 +27,8 @@ def restore_newest(
     next older checkpoint. `check` sees a checkpoint on every rank before anything is copied, and refuses it by raising
     UserError (another configuration, say).
 
-    Raises UserError if there are checkpoints but all are damaged, or one is of another model: on ranks that know why,
-    with the reason, on the others PeerFailedError.
+    Raises UserError if there are checkpoints but all are damaged, or one is of another model: on a rank that
+    knows why, with the reason, on the others PeerFailedError.
     """
     if comm.rank == 0:
         try:
@@ -88,9 +88,7 @@ def _attempt(
     except Exception as error:
         failure = error
     if not comm.agree(failure is None):
-        if failure is not None:
-            raise failure
-        raise PeerFailedError(f"loading {path} failed on another rank, which says why")
+        stop_together(comm, failure, f"loading {path}")
     if comm.agree(damage is None):
         return checkpoint
     first_rank_is_whole = comm.agree(comm.rank != 0 or damage is None)

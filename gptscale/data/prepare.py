@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ from gptscale.tokenizer import Tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
 _ENDS_AT_ONCE = 1 << 16
+_LOCK_POLL_S = 0.2
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -145,9 +147,10 @@ def _prepare_locked(
             f"{target.parent}: cannot write there ({error.strerror})\n"
             "set data.corpora_dir (or target) to a folder that you may write to"
         ) from error
-    if not free:
+    while not free:  # asked again and again, so that `report` can stop the wait
         report(ProgressEvent("wait"))
-        lock.acquire(blocking=True)
+        time.sleep(_LOCK_POLL_S)
+        free = lock.acquire(blocking=False)
     try:
         if keep and _finished(target):
             return

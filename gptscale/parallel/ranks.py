@@ -24,14 +24,10 @@ class Ranks:
         self.size = process.world_size
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            if process.local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"{process.local_world_size} ranks on a host where each sees {torch.cuda.device_count()} GPUs\n"
-                    "start one rank a GPU, each with all of its host's in sight (srun: --gpus-per-node, not "
-                    "--gpus-per-task), or train on the CPU: CUDA_VISIBLE_DEVICES="
-                )
-            torch.cuda.set_device(process.local_rank)
-            self.device = torch.device("cuda", process.local_rank)
+            index = choose_gpu(process, torch.cuda.device_count())
+            os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed's word for the GPU it takes
+            torch.cuda.set_device(index)
+            self.device = torch.device("cuda", index)
         self._control: torch.distributed.ProcessGroup | None = None
         if deepspeed:
             start_deepspeed(timeout_s)
@@ -63,6 +59,22 @@ class Ranks:
     def close(self) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def choose_gpu(process: ProcessInfo, visible: int) -> int:
+    """Index of this rank's GPU among the `visible` ones; UserError, on every rank of the host, if they are too few.
+
+    Most launchers show a rank all GPUs of its host. `srun --gpus-per-task=1` shows each its own alone, as number 0.
+    """
+    if process.launcher == "slurm" and visible == 1:
+        return 0
+    if process.local_world_size > visible:
+        raise UserError(
+            f"{process.local_world_size} ranks on a host where each sees {visible} GPUs\n"
+            "start one rank a GPU (srun: --gpus-per-node=N with --ntasks-per-node=N), or train on the CPU: "
+            "CUDA_VISIBLE_DEVICES="
+        )
+    return process.local_rank
 
 
 def start_deepspeed(timeout_s: float) -> None:

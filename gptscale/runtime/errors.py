@@ -19,6 +19,14 @@ class UserError(ValueError):
     """
 
 
+class PeerFailedError(UserError):
+    """Another rank met a mistake of the user's and says which; this one only stops with it, and says nothing."""
+
+
+class PeerCrashedError(RuntimeError):
+    """Another rank met a bug and shows its traceback; this one only stops with it."""
+
+
 class DivergedError(RuntimeError):
     """Training went past the guard's limits; entry points exit with `EXIT_DIVERGED`."""
 

@@ -17,6 +17,8 @@ from gptscale.runtime.errors import (
     EXIT_STOPPED,
     EXIT_USER,
     DivergedError,
+    PeerCrashedError,
+    PeerFailedError,
     StoppedError,
     UserError,
 )
@@ -99,6 +101,8 @@ def lost_a_peer(error: BaseException) -> bool:
 
     torch raises RuntimeError (or a subclass) for these; a broken pipe of the rank's own is an OSError and no peer.
     """
+    if isinstance(error, PeerCrashedError):
+        return True
     return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
@@ -119,13 +123,15 @@ def describe_failure(error: BaseException, rank: int, environ: Mapping[str, str]
 
 def exit_code_of(error: BaseException, launcher: Launcher) -> int:
     """The exit code that goes with an error. Our own launcher alone is told of a lost peer, to find the one lost."""
+    if launcher == "gptscale" and (isinstance(error, PeerFailedError) or lost_a_peer(error)):
+        return EXIT_LOST_PEER
     if isinstance(error, UserError):
         return EXIT_USER
     if isinstance(error, DivergedError):
         return EXIT_DIVERGED
     if isinstance(error, StoppedError):
         return EXIT_STOPPED
-    return EXIT_LOST_PEER if launcher == "gptscale" and lost_a_peer(error) else EXIT_FAILED
+    return EXIT_FAILED
 
 
 def report_failure(error: BaseException, rank: int) -> None:
@@ -141,5 +147,5 @@ def report_failure(error: BaseException, rank: int) -> None:
 
 def _first_line(text: str) -> str:
     """The line that names the loss, less gloo's source path before it and its advice behind it."""
-    lines = [line for line in text.splitlines() if _LOST_PEER.search(line)]
+    lines = [line for line in text.splitlines() if _LOST_PEER.search(line)] or [text]
     return re.sub(r"^\[\S+?:\d+\] |\. This is typically caused by .*", "", lines[0])

@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from gptscale.checkpoint.agreement import PeerFailedError
 from gptscale.config.compose import Composed, compose
 from gptscale.config.schema import TrainRoot
 from gptscale.runtime.errors import (
     EXIT_DIVERGED,
     EXIT_DONE,
-    EXIT_LOST_PEER,
     EXIT_STOPPED,
-    EXIT_USER,
     DivergedError,
+    PeerFailedError,
     StoppedError,
     UserError,
 )
@@ -30,6 +27,10 @@ from gptscale.runtime.signals import StopRequest
 from gptscale.runtime.watch import die_with_launcher
 from gptscale.train.check import check_run
 
+if TYPE_CHECKING:
+    from gptscale.data.prepare import ProgressEvent
+    from gptscale.parallel.ranks import Ranks
+
 LOG = logging.getLogger("gptscale.train")
 
 
@@ -37,25 +38,22 @@ def main(arguments: Sequence[str]) -> int:
     try:
         process = find_process(os.environ)
     except UserError as error:
-        return report(error)
+        report_failure(error, rank=0)
+        return exit_code_of(error, "none")
     die_with_launcher()
     with StopRequest() as stop:
         try:
-            composed = prepare(strip_local_rank(list(arguments)), process)
-        except UserError as error:
-            # Every rank finds the same mistake; one a host says it.
-            return report(error) if process.local_rank == 0 else silent_code(process)
-        try:
-            return run(composed, process, stop)
-        except PeerFailedError:
-            return silent_code(process)
-        except UserError as error:
-            return report(error)
+            try:
+                composed = prepare(strip_local_rank(list(arguments)), process, stop)
+                ranks = connect(composed.settings, process)
+            except (UserError, StoppedError) as error:
+                return end_alike(error, process)
+            return run(composed, ranks, stop)
         except Exception as error:
             leave(error, process)
 
 
-def prepare(arguments: Sequence[str], process: ProcessInfo) -> Composed[TrainRoot]:
+def prepare(arguments: Sequence[str], process: ProcessInfo, stop: StopRequest) -> Composed[TrainRoot]:
     """Compose and check the settings, make sure the text is prepared, set up the process. No torch."""
     composed = compose("train", TrainRoot, arguments)
     settings = composed.settings
@@ -65,9 +63,7 @@ def prepare(arguments: Sequence[str], process: ProcessInfo) -> Composed[TrainRoo
         by = "" if process.launcher == "none" else f" by {process.launcher}"
         LOG.warning(f"launch.ranks={settings.launch.ranks} is ignored: the run has {process.world_size}, started{by}")
     if settings.data.path is None:
-        from gptscale.data.prepare import ensure_prepared
-
-        ensure_prepared(settings.data, settings.tokenizer, None)
+        prepare_text(settings, stop)
     export_process(process, os.environ)
     threads = settings.launch.threads or max(1, usable_cores() // process.local_world_size)
     # Read when the OpenMP library loads, so before torch: ranks that spin at barriers starve each other.
@@ -78,17 +74,38 @@ def prepare(arguments: Sequence[str], process: ProcessInfo) -> Composed[TrainRoo
     return composed
 
 
-def run(composed: Composed[TrainRoot], process: ProcessInfo, stop: StopRequest) -> int:
-    """Train. Raises what `main` turns into an exit code."""
+def prepare_text(settings: TrainRoot, stop: StopRequest) -> None:
+    """For ranks that `gptscale train` did not start: the first of them prepares the text while the others wait."""
+    from gptscale.data.prepare import ensure_prepared
+
+    waiting = False
+
+    def watch(event: ProgressEvent) -> None:
+        nonlocal waiting
+        if event.stage == "wait" and not waiting:
+            waiting = True
+            LOG.info("waiting for another process that prepares the same text")
+        if stop.requested:
+            raise StoppedError("stopped while the text was prepared: start it again")
+
+    ensure_prepared(settings.data, settings.tokenizer, watch)
+
+
+def connect(settings: TrainRoot, process: ProcessInfo) -> Ranks:
+    """Take this rank's device and meet the others. Imports torch."""
     from gptscale.parallel.ranks import Ranks
+
+    return Ranks(process, deepspeed=settings.parallel.engine == "deepspeed", timeout_s=settings.parallel.timeout_s)
+
+
+def run(composed: Composed[TrainRoot], ranks: Ranks, stop: StopRequest) -> int:
+    """Train. Raises what `main` turns into an exit code."""
     from gptscale.train.loop import train
 
-    settings = composed.settings
-    ranks = Ranks(process, deepspeed=settings.parallel.engine == "deepspeed", timeout_s=settings.parallel.timeout_s)
     try:
         train(composed, ranks, stop)
     except (StoppedError, DivergedError) as error:
-        if process.rank == 0:
+        if ranks.rank == 0:
             LOG.warning("%s", error)
         code = EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_DIVERGED
     else:
@@ -97,21 +114,18 @@ def run(composed: Composed[TrainRoot], process: ProcessInfo, stop: StopRequest) 
     return code
 
 
-def report(error: UserError) -> int:
-    """Say what the user has to mend."""
-    if os.environ.get("GPTSCALE_DEBUG") == "1":
-        traceback.print_exception(error)
-    print(error, file=sys.stderr, flush=True)
-    return EXIT_USER
-
-
-def silent_code(process: ProcessInfo) -> int:
-    """For a rank that leaves with another, which says why: our own launcher has to know whom to quote."""
-    return EXIT_LOST_PEER if process.launcher == "gptscale" else EXIT_USER
+def end_alike(error: UserError | StoppedError, process: ProcessInfo) -> int:
+    """For what every rank meets by itself, before it is joined to the others: one a host says it."""
+    if process.local_rank == 0:
+        report_failure(error, process.rank)
+    elif isinstance(error, UserError):
+        error = PeerFailedError()
+    return exit_code_of(error, process.launcher)
 
 
 def leave(error: Exception, process: ProcessInfo) -> NoReturn:
-    """A bug, or a lost peer: say so and leave at once, without waiting in anybody's teardown."""
-    report_failure(error, process.rank)
+    """Say why, and leave at once: where this rank failed alone, the interpreter's end would wait for its peers."""
+    if not isinstance(error, PeerFailedError):
+        report_failure(error, process.rank)
     sys.stdout.flush()
     os._exit(exit_code_of(error, process.launcher))

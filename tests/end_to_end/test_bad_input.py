@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gptscale.cli.main import main
+from tests.helpers.processes import tree
 from tests.helpers.training import run_training, small_run, write_corpus
 
 GPTSCALE = str(Path(sys.executable).parent / "gptscale")
@@ -204,3 +205,23 @@ def test_a_full_disk_ends_the_run_and_keeps_older_checkpoints(corpus: Path, tmp_
         run_training([*arguments, "parallel.engine=plain"], 1, tmp_path)
         steps = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
         assert max(steps) == 12
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_ends_every_rank_at_once_and_is_told_once(corpus: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        arguments = [
+            *small_run(corpus, disk / "run"),
+            "model.width=64",
+            "checkpoint.every_steps=1",
+            "checkpoint.keep=9",
+        ]
+        with tree(GPTSCALE, "train", "launch.ranks=2", "logging.print_every_steps=99", *arguments) as started:
+            code, _, err = started.end(timeout_s=120)
+            started.wait_until_gone(2)
+        told = [line for line in err.splitlines() if "step-" in line]
+        assert code == 2, err
+        assert len(told) == 1, err
+        assert "no space" in told[0].lower()
+        assert "Traceback" not in err
+        assert "lost a peer" not in err

@@ -7,28 +7,29 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from gptscale.config.compose import compose
+from gptscale.config.schema import TrainRoot
+from gptscale.data.prepare import corpus_folder
+from gptscale.launcher.ports import reserved_port
+from gptscale.runtime.locks import FileLock
 from tests.helpers.processes import REPOSITORY, tree, wait_until
-from tests.helpers.ranks import free_port
-from tests.helpers.slurm import Cluster, missing_programs, slurm_cluster
-from tests.helpers.training import exact_part, read_metrics, run_training, small_run
+from tests.helpers.slurm import Cluster
+from tests.helpers.training import exact_part, read_metrics, run_training, small_run, write_corpus
 
 PROGRAMS = Path(sys.executable).parent
 GPTSCALE = str(PROGRAMS / "gptscale")
 
 
-def launchers() -> dict[str, list[str]]:
-    port = str(free_port())
-    train = ["--module", "gptscale.train"]
-    return {
-        "gptscale": [GPTSCALE, "train", "launch.ranks=2"],
-        "deepspeed": [str(PROGRAMS / "deepspeed"), "--num_gpus", "2", "--master_port", port, *train],
-        "torchrun": [str(PROGRAMS / "torchrun"), "--nproc-per-node", "2", "--master-port", port, *train],
-    }
+TRAIN = ["--module", "gptscale.train"]
+LAUNCHERS = {
+    "gptscale": [GPTSCALE, "train", "launch.ranks=2"],
+    "deepspeed": [str(PROGRAMS / "deepspeed"), "--num_gpus", "2", "--master_port", "PORT", *TRAIN],
+    "torchrun": [str(PROGRAMS / "torchrun"), "--nproc-per-node", "2", "--master-port", "PORT", *TRAIN],
+}
 
 
 def overrides(corpus: Path, folder: Path) -> list[str]:
@@ -47,33 +48,22 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     return exact_part(read_metrics(folder / "run"))
 
 
-@pytest.mark.parametrize("launcher", launchers())
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_starts_the_same_training(
     launcher: str, corpus: Path, expected: list[dict[str, object]], tmp_path: Path
 ) -> None:
-    command = [*launchers()[launcher], *quoted(overrides(corpus, tmp_path / "one run"))]
-    with tree(*command, environ={"OMP_NUM_THREADS": "1"}) as started:
-        code, _, err = started.end(timeout_s=180)
-        started.wait_until_gone(5)
+    arguments = quoted(overrides(corpus, tmp_path / "one run"))
+    with reserved_port() as port:
+        command = [word.replace("PORT", str(port)) for word in LAUNCHERS[launcher]]
+        with tree(*command, *arguments, environ={"OMP_NUM_THREADS": "1"}) as started:
+            code, _, err = started.end(timeout_s=180)
+            started.wait_until_gone(5)
     assert code == 0, err
     assert exact_part(read_metrics(tmp_path / "one run")) == expected
     assert "name: it's one" in (tmp_path / "one run" / "config.yaml").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["one run"]
     assert "step 12/12" in err
     assert (tmp_path / "one run" / "logs" / "rank-0.log").exists()
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    if missing := missing_programs():
-        message = f"not installed: {', '.join(missing)} (apt-get install slurm-wlm slurm-client munge)"
-        assert os.environ.get("CI") != "true", message
-        pytest.skip(message)
-    if os.getuid() != 0:
-        assert os.environ.get("CI") != "true", "slurmd needs root"
-        pytest.skip("slurmd needs root")
-    with slurm_cluster() as running:
-        yield running
 
 
 def test_srun_starts_the_same_training(
@@ -133,6 +123,29 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(corpus: Path, tmp_path: P
     assert "SIGKILL" in err
     steps = [line["step"] for line in read_metrics(folder) if "train/loss" in line]
     assert steps == list(range(1, steps[-1] + 1))
+
+
+def test_a_rank_that_waits_for_text_can_be_stopped(tmp_path: Path) -> None:
+    """Another process prepares the same text, here the test; the ranks of torchrun and srun wait for it."""
+    source = write_corpus(tmp_path / "text")
+    run = [
+        *small_run(tmp_path / "unused", tmp_path / "run"),
+        "data.path=null",
+        f"data.sources=[{{path: {source}}}]",
+        f"data.corpora_dir={tmp_path / 'corpora'}",
+        "parallel=plain",
+    ]
+    settings = compose("train", TrainRoot, run).settings
+    target = corpus_folder(settings.data, settings.tokenizer)
+    target.parent.mkdir()
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    with lock, tree(sys.executable, "-m", "gptscale.train", *run) as started:
+        assert started.process.stderr is not None
+        assert started.process.stderr.readline() == "waiting for another process that prepares the same text\n"
+        started.process.send_signal(signal.SIGTERM)
+        code, _, err = started.end(timeout_s=10)
+    assert code == 75, err
+    assert err.strip() == "stopped while the text was prepared: start it again"
 
 
 def rank_pid(pids: list[int], rank: int) -> int:

@@ -19,8 +19,8 @@ HARD = ["name=x y", "+a.b=[1, 2]", "q='it''s \"so\"'", "$(touch no)"]
 
 
 def command(folder: Path, behaviour: str, *options: str) -> tuple[str, ...]:
-    # A port per test process keeps two runs of the tests apart; nobody binds it, as these ranks never meet.
-    runner = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={20000 + os.getpid()}")
+    # Nobody binds the port, as these ranks never meet.
+    runner = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=20000")
     return (*runner, *options, "--module", "tests.helpers.worker", str(folder), behaviour, *HARD)
 
 

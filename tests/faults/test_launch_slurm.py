@@ -8,29 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.processes import REPOSITORY, wait_until
-from tests.helpers.slurm import Cluster, missing_programs, slurm_cluster
+from tests.helpers.slurm import Cluster
 
 WORKER = (sys.executable, "-m", "tests.helpers.worker")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    if missing := missing_programs():
-        message = f"not installed: {', '.join(missing)} (apt-get install slurm-wlm slurm-client munge)"
-        assert os.environ.get("CI") != "true", message
-        pytest.skip(message)
-    if os.getuid() != 0:
-        assert os.environ.get("CI") != "true", "slurmd needs root"
-        pytest.skip("slurmd needs root")
-    with slurm_cluster() as running:
-        yield running
 
 
 def reports(folder: Path, count: int) -> list[dict[str, Any]]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from gptscale.launcher.ports import reserved_port
 
 # Read when OpenMP loads, in the fork server: two ranks that spin on two cores take ten times as long.
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
@@ -35,6 +36,8 @@ class Started:
 
     processes: list[BaseProcess]
     outputs: list[Path]
+    port: ExitStack
+    """Holds the port where they meet, as long as they may come to it."""
 
     def wait(self, limit_s: float = LIMIT_S) -> list[int]:
         """Exit codes, once all have ended; past the limit they are killed and the test fails."""
@@ -52,16 +55,10 @@ class Started:
             process.kill()
         for process in self.processes:
             process.join()
+        self.port.close()
 
     def text(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in self.outputs if path.exists())
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-        return port
 
 
 def start(
@@ -76,8 +73,8 @@ def start(
     `function` lies in an importable module. Its return value, where it is an int, is the exit code.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    started = Started([], [])
+    started = Started([], [], ExitStack())
+    port = started.port.enter_context(reserved_port())
     for rank in range(ranks):
         output = folder / f"rank-{rank}-{port}.txt"
         variables = {

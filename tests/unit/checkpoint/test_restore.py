@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptscale.checkpoint.agreement import Alone, PeerFailedError, tell_number
+from gptscale.checkpoint.agreement import Alone, tell_number
 from gptscale.checkpoint.folder import list_checkpoints
 from gptscale.checkpoint.read import Checkpoint
 from gptscale.checkpoint.restore import restore_from, restore_newest
 from gptscale.checkpoint.write import save_checkpoint
-from gptscale.runtime.errors import UserError
+from gptscale.runtime.errors import PeerCrashedError, PeerFailedError, UserError
 from tests.helpers.checkpoints import ThreadCommunicator, cut, empty_state, on_ranks, random_state, whole_pieces
 
 SHAPES = {"a": (60, 40), "b": (50,)}
@@ -135,6 +135,22 @@ def test_another_model_on_one_rank_stops_all(tmp_path: Path) -> None:
     assert isinstance(outcomes[0], PeerFailedError)
     assert isinstance(outcomes[1], UserError)
     assert "another model" in str(outcomes[1])
+
+
+def test_a_bug_on_one_rank_is_no_mistake_of_the_users_on_the_others(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+
+    def check(comm: ThreadCommunicator) -> None:
+        if comm.rank == 1:
+            raise ZeroDivisionError
+
+    outcomes = on_ranks(
+        2,
+        lambda comm: restore_newest(
+            tmp_path, whole_pieces(empty_state(SHAPES)), comm, pytest.fail, lambda _: check(comm)
+        ),
+    )
+    assert [type(outcome) for outcome in outcomes] == [PeerCrashedError, ZeroDivisionError]
 
 
 def test_a_check_refuses_before_anything_is_copied(tmp_path: Path) -> None:

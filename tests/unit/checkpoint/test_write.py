@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from gptscale.checkpoint.agreement import Alone, PeerFailedError
+from gptscale.checkpoint.agreement import Alone
 from gptscale.checkpoint.folder import list_checkpoints, step_of
 from gptscale.checkpoint.read import open_checkpoint
 from gptscale.checkpoint.write import save_checkpoint
 from gptscale.flow import Piece
-from gptscale.runtime.errors import UserError
+from gptscale.runtime.errors import PeerCrashedError, UserError
 from tests.helpers.checkpoints import ThreadCommunicator, cut, on_ranks, random_state, whole_pieces
 
 SHAPES = {"a": (6, 4), "b": (5,)}
@@ -92,7 +92,7 @@ def test_a_gap_is_a_bug_that_every_rank_learns_of(tmp_path: Path, ranks: int) ->
     assert isinstance(outcomes[0], AssertionError)
     assert f"{lost.kind} of {lost.parameter}" in str(outcomes[0])
     assert "is missing" in str(outcomes[0])
-    assert all(isinstance(outcome, PeerFailedError) for outcome in outcomes[1:])
+    assert all(isinstance(outcome, PeerCrashedError) for outcome in outcomes[1:])
     assert names(tmp_path) == ["step-00000000"]
 
 

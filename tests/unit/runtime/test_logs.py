@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptscale.runtime.errors import DivergedError, StoppedError, UserError
+from gptscale.runtime.errors import DivergedError, PeerCrashedError, PeerFailedError, StoppedError, UserError
 from gptscale.runtime.logs import describe_failure, exit_code_of, lost_a_peer, open_logs, report_failure
 
 
@@ -66,6 +66,14 @@ def test_a_lost_peer_takes_one_line(message: str) -> None:
     assert "/x/" not in text
     assert exit_code_of(error, "gptscale") == 76
     assert exit_code_of(error, "torchrun") == 1
+
+
+def test_a_peers_bug_takes_one_line_and_a_peers_mistake_blames_nobody_here() -> None:
+    error = PeerCrashedError("saving step-00000001 failed on another rank, which says why")
+    text = describe_failure(error, rank=1)
+    assert text == "rank 1: lost a peer: saving step-00000001 failed on another rank, which says why"
+    assert (exit_code_of(error, "gptscale"), exit_code_of(error, "slurm")) == (76, 1)
+    assert (exit_code_of(PeerFailedError(), "gptscale"), exit_code_of(PeerFailedError(), "slurm")) == (76, 2)
 
 
 def raised(error: BaseException) -> BaseException:
