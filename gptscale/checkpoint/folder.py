@@ -14,6 +14,8 @@ from pathlib import Path
 
 from gptscale.runtime.files import fsync_folder
 
+CHECKPOINTS = "checkpoints"
+"""The folder within a run's own."""
 MANIFEST = "manifest.json"
 WRITING, REPLACED, DELETING = ".writing-", ".replaced-", ".deleting-"
 _NAME = re.compile(r"step-(\d{8,})")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gptscale.checkpoint.folder import MANIFEST, list_checkpoints
+from gptscale.checkpoint.folder import CHECKPOINTS, MANIFEST, list_checkpoints
 from gptscale.checkpoint.manifest import DamagedError
 from gptscale.checkpoint.read import Checkpoint, open_checkpoint
 from gptscale.config.build import build
@@ -37,7 +37,7 @@ def load_trained(source: Path, device: torch.device, report: Callable[[str], Non
     """
     if (source / MANIFEST).exists():
         return _load(source, device)
-    candidates = list_checkpoints(source / "checkpoints")
+    candidates = list_checkpoints(source / CHECKPOINTS)
     if not candidates:
         raise UserError(f"{source} holds no checkpoint\nname a run folder (runs/NAME) or a checkpoint in it")
     for path in candidates:
@@ -57,6 +57,7 @@ def _load(path: Path, device: torch.device) -> Trained:
         settings["data"]["sequence_length"],
         COMPUTE_TYPES[build(PrecisionConfig, settings["precision"], "precision").compute],
     )
+    checkpoint.require_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     checkpoint.fill(
         [
             Piece(name, "weight", tuple(parameter.shape), 0, parameter.data.view(-1))

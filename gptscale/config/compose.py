@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from gptscale.config.build import build, defaults, flat_keys, plain, unknown_key
+from gptscale.config.secrets import hide_environment
 from gptscale.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -67,26 +68,12 @@ def compose(verb: str, schema: type[T], overrides: Sequence[str]) -> Composed[T]
         del composed["hydra"]
         if OmegaConf.is_dict(composed.get("run")):
             name_run(composed.run, choices)
-        references = OmegaConf.to_container(composed, resolve=False)
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_two_lines(error)) from error
     assert isinstance(values, dict)
     settings = build(schema, {str(key): value for key, value in values.items()})
-    return Composed(settings=settings, choices=choices, public=_without_secrets(plain(settings), references))
-
-
-def _without_secrets(values: Any, references: Any) -> Any:
-    """`values`, with every text that refers to the environment as it was written.
-
-    Numbers are no secrets, and whoever reads the settings again needs them.
-    """
-    if isinstance(values, dict) and isinstance(references, dict):
-        return {key: _without_secrets(value, references.get(key)) for key, value in values.items()}
-    if isinstance(values, list) and isinstance(references, list):
-        return [_without_secrets(*pair) for pair in zip(values, references, strict=True)]
-    hidden = isinstance(values, str) and isinstance(references, str) and "${oc.env:" in references
-    return references if hidden else values
+    return Composed(settings=settings, choices=choices, public=hide_environment(plain(settings), composed))
 
 
 def name_run(run: Any, choices: dict[str, str]) -> None:
@@ -98,7 +85,7 @@ def name_run(run: Any, choices: dict[str, str]) -> None:
         chosen = choices.get("experiment", "None")
         run.name = chosen if chosen != "None" else "train"
     if run.dir is None:
-        run.dir = f"runs/{run.name}"
+        run.dir = "runs/${.name}"
 
 
 def _check_overrides(schema: type[Any], overrides: Sequence[str]) -> None:

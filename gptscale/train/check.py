@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptscale.checkpoint.folder import MANIFEST, list_checkpoints
+from gptscale.checkpoint.folder import CHECKPOINTS, MANIFEST, list_checkpoints
 from gptscale.config.rules import check
 from gptscale.config.schema import TrainRoot
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 from gptscale.train.optimizer import check_optimizer
+from gptscale.train.resume import has_gone_on
 from gptscale.train.schedule import check_schedule
 
 
@@ -18,14 +19,17 @@ def check_run(settings: TrainRoot, world_size: int) -> BatchSplit:
     split = check(settings, world_size)
     check_optimizer(settings.optimizer)
     check_schedule(settings.schedule)
-    check_resume(settings.run.resume)
+    assert settings.run.dir is not None
+    check_resume(settings.run.resume, Path(settings.run.dir))
     return split
 
 
-def check_resume(resume: str) -> None:
+def check_resume(resume: str, run_dir: Path) -> None:
     """A checkpoint that is asked for has to be one; whether it is whole is seen when it is read."""
     if resume in ("auto", "never") or (Path(resume) / MANIFEST).is_file():
         return
-    found = list_checkpoints(Path(resume) / "checkpoints")
+    if has_gone_on(run_dir / CHECKPOINTS, resume):  # and may have deleted it since
+        return
+    found = list_checkpoints(Path(resume) / CHECKPOINTS)
     fix = f"name one of its checkpoints: run.resume={found[0]}" if found else "use auto, never or a checkpoint's folder"
     raise UserError(f"run.resume={resume} is not a checkpoint\n{fix}")

@@ -121,7 +121,7 @@ def run_to_end(session: Session, stop: StopRequest) -> None:
             if last:  # before the save that makes the run a finished one, which a restart leaves as it is
                 session.watcher.conclude()
             if last or stopping or due(step, settings.checkpoint.every_steps):
-                save(session.composed, session.engine, session.folder, session.progress, session.corpora, session.ranks)
+                save_run(session)
             if stopping and not last:
                 raise StoppedError(f"stopped at step {step} of {total_steps} after a save: start it again to go on")
     session.watcher.finished(session.progress)
@@ -145,6 +145,12 @@ def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> b
     session.guard.watch(progress.step, grad_norm)
     session.progress = replace(progress, skipped_in_a_row=session.guard.skipped_in_a_row)
     return stopping > 0
+
+
+def save_run(session: Session) -> None:
+    """Write a checkpoint. A collective."""
+    all_or_none(session.ranks, session.watcher.saving, "writing the metrics")
+    save(session.composed, session.engine, session.folder, session.progress, session.corpora, session.ranks)
 
 
 def evaluate(session: Session) -> None:

@@ -31,9 +31,14 @@ class MetricsFile:
             while line:
                 line = line[self._file.write(line) :]
 
-    def close(self) -> None:
-        with self._file, self._explained():
+    def sync(self) -> None:
+        """Make sure that a machine which loses its power keeps all lines; raises UserError where it cannot be."""
+        with self._explained():
             os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with self._file:
+            self.sync()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

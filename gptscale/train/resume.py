@@ -1,10 +1,13 @@
-"""What may differ between a run and its resumption. Pure: compares settings and data identity, prints a diff."""
+"""What a run goes on from, and what may differ between it and its resumption. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from gptscale.checkpoint.folder import list_checkpoints
+from gptscale.checkpoint.manifest import DamagedError, read_manifest
 from gptscale.config.build import defaults
 from gptscale.config.schema import TrainRoot
 from gptscale.runtime.errors import UserError
@@ -27,6 +30,24 @@ MAY_CHANGE = (
     "data.workers",
     "data.verify",
 )
+
+
+def named_checkpoint(resume: str) -> str | None:
+    """The checkpoint that `run.resume` names, as it is recorded in those that are saved from there on."""
+    return None if resume in ("auto", "never") else str(Path(resume).absolute())
+
+
+def has_gone_on(checkpoints: Path, resume: str) -> bool:
+    """Whether the newest checkpoint of a run comes from the one that `run.resume` names.
+
+    Then the run goes on from its newest, so that the same command, given again (by a requeue, say), goes on too.
+    """
+    for path in list_checkpoints(checkpoints):
+        try:
+            return read_manifest(path).state.get("resumed_from") == named_checkpoint(resume)
+        except DamagedError:
+            continue
+    return False
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], key: str = "") -> list[str]:

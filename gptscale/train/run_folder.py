@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptscale.checkpoint.folder import list_checkpoints
+from gptscale.checkpoint.folder import CHECKPOINTS, list_checkpoints
 from gptscale.checkpoint.trained import TOKENIZER
 from gptscale.config.schema import RunConfig
 from gptscale.runtime.errors import UserError
@@ -21,7 +21,7 @@ class RunFolder:
     def __init__(self, config: RunConfig) -> None:
         assert config.dir is not None
         self.path = Path(config.dir)
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
         self._resume = config.resume

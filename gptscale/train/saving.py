@@ -13,7 +13,7 @@ from gptscale.config.schema import TrainRoot
 from gptscale.parallel.engine import Engine
 from gptscale.parallel.ranks import Ranks
 from gptscale.train.progress import Progress
-from gptscale.train.resume import refuse_differences
+from gptscale.train.resume import has_gone_on, named_checkpoint, refuse_differences
 from gptscale.train.run_folder import RunFolder
 from gptscale.train.setup import Corpora
 
@@ -34,6 +34,7 @@ def save(
         "progress": progress.to_json(),
         "updates": engine.updates(),
         "settings": composed.public,
+        "resumed_from": named_checkpoint(settings.run.resume),
         "data": corpora.stream.identity,
         "vocab_size": corpora.vocab_size,
         "tokenizer_sha256": corpora.tokenizer_sha256,
@@ -62,7 +63,8 @@ def resume(
 
     wanted = composed.settings.run.resume
     pieces = engine.pieces()
-    if wanted in ("auto", "never"):
+    # Rank 0 says it for all: on a shared file system another may not see the newest checkpoint yet.
+    if ranks.agree(ranks.rank != 0 or named_checkpoint(wanted) is None or has_gone_on(folder.checkpoints, wanted)):
         checkpoint = restore_newest(folder.checkpoints, pieces, ranks, LOG.warning, refuse)
     else:
         checkpoint = restore_from(Path(wanted), pieces, ranks, LOG.warning, refuse)

@@ -99,6 +99,11 @@ class Watcher:
             f"{result.bits_per_byte:.3f} bits a byte, over {result.tokens:,} tokens"
         )
 
+    def saving(self) -> None:
+        """Before a checkpoint says how far the run is, its metrics up to there are on the disk."""
+        if self._speaks:
+            self._metrics.sync()
+
     def conclude(self) -> None:
         """Compare with the bigram model, where that is asked for, and write the report."""
         if not self._speaks:
@@ -141,10 +146,11 @@ class Watcher:
         text_tokens = self._corpora.stream.samples_per_epoch * settings.data.sequence_length
         engine = settings.parallel.engine
         layout = "plain" if engine == "plain" else f"ZeRO-{settings.parallel.zero_stage}"
+        ranks = "1 rank" if self._ranks == 1 else f"{self._ranks} ranks"
         if progress.step:
             LOG.info(f"going on with {self._folder.path} from step {progress.step}")
         LOG.info(
-            f"{self._parameters:,} parameters, {text_tokens:,} tokens of text, {self._ranks} ranks ({layout}), "
+            f"{self._parameters:,} parameters, {text_tokens:,} tokens of text, {ranks} ({layout}), "
             f"{settings.precision.compute}, {tokens_per_step(settings):,} tokens a step"
         )
 

@@ -54,12 +54,8 @@ def train(arguments: list[str]) -> int:
     return main(arguments)
 
 
-def start_training(arguments: list[str], world_size: int, folder: Path) -> Started:
-    return ranks.start(train, [arguments], world_size, folder)
-
-
 def run_training(arguments: list[str], world_size: int, folder: Path, code: int = 0) -> Started:
-    started = start_training(arguments, world_size, folder)
+    started = ranks.start(train, [arguments], world_size, folder)
     codes = started.wait()
     assert codes == [code] * world_size, f"exit codes {codes}, not {code}\n{started.text()}"
     return started

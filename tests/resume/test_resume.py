@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.training import (
-    EXACT,
-    exact_part,
-    read_metrics,
-    run_training,
-    small_run,
-    start_training,
-)
+import gptscale.checkpoint.write
+from gptscale.runtime.files import write_bytes_atomically
+from tests.helpers import ranks
+from tests.helpers.training import EXACT, exact_part, read_metrics, run_training, small_run, train
 
 LAYOUTS = [("plain", 0, 1), *(("deepspeed", stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2))]
 
@@ -23,20 +21,23 @@ def layout(engine: str, stage: int) -> list[str]:
     return [f"parallel.engine={engine}", f"parallel.zero_stage={stage}"]
 
 
-@pytest.mark.parametrize(("engine", "stage", "ranks"), LAYOUTS)
-def test_a_killed_run_goes_on_bit_for_bit(engine: str, stage: int, ranks: int, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "stage", "count"), LAYOUTS)
+def test_a_killed_run_goes_on_bit_for_bit(engine: str, stage: int, count: int, corpus: Path, tmp_path: Path) -> None:
     whole = [*small_run(corpus, tmp_path / "whole"), *layout(engine, stage)]
-    run_training(whole, ranks, tmp_path)
+    run_training(whole, count, tmp_path)
     expected = exact_part(read_metrics(tmp_path / "whole"))
     assert [line["step"] for line in expected if "train/loss" in line] == list(range(1, 13))
     assert len([line for line in expected if "eval/loss" in line]) == 4
 
     killed = [*small_run(corpus, tmp_path / "killed"), *layout(engine, stage)]
     # Once between two checkpoints, and once while a checkpoint is being written.
-    kill_when(killed, ranks, tmp_path, lambda folder: steps_in(folder) >= 5)
+    kill_when(killed, count, tmp_path, lambda folder: steps_in(folder) >= 5)
     assert steps_in(tmp_path / "killed") < 12, "the run ended before it was killed"
-    kill_when(killed, ranks, tmp_path, lambda folder: any(folder.glob("checkpoints/.writing-step-00000008/*")))
-    run_training(killed, ranks, tmp_path)
+    unfinished = tmp_path / "killed" / "checkpoints" / ".writing-step-00000008"
+    kill_when(killed, count, tmp_path, lambda _: any(unfinished.glob("*.safetensors")), slowly_saved)
+    assert list(unfinished.glob("*.safetensors"))
+    assert not (unfinished / "manifest.json").exists()
+    run_training(killed, count, tmp_path)
     assert exact_part(read_metrics(tmp_path / "killed")) == expected
 
 
@@ -45,15 +46,32 @@ def steps_in(folder: Path) -> int:
     return path.read_bytes().count(b"train/loss") if path.exists() else 0
 
 
-def kill_when(arguments: list[str], ranks: int, tmp_path: Path, reached) -> None:  # type: ignore[no-untyped-def]
+def kill_when(
+    arguments: list[str],
+    count: int,
+    tmp_path: Path,
+    reached: Callable[[Path], bool],
+    function: Callable[[list[str]], int] = train,
+) -> None:
     """Start the run and SIGKILL every rank as soon as `reached` says so (or the run has ended before)."""
     folder = Path(next(item for item in arguments if item.startswith("run.dir=")).removeprefix("run.dir="))
-    started = start_training(arguments, ranks, tmp_path)
+    started = ranks.start(function, [arguments], count, tmp_path)
     deadline_s = time.monotonic() + 60
     while not reached(folder) and all(process.is_alive() for process in started.processes):
         assert time.monotonic() < deadline_s, f"never got there\n{started.text()}"
         time.sleep(0.001)
     started.kill()
+
+
+def slowly_saved(arguments: list[str]) -> int:
+    """One rank whose checkpoints lie without a manifest for a second, so that the kill surely comes in between."""
+
+    def write_late(path: Path, content: bytes) -> None:
+        time.sleep(1)
+        write_bytes_atomically(path, content)
+
+    gptscale.checkpoint.write.write_bytes_atomically = write_late  # type: ignore[attr-defined]
+    return train(arguments)
 
 
 def test_dropout_and_evaluation_are_really_on(corpus: Path, tmp_path: Path) -> None:
@@ -78,7 +96,7 @@ def test_any_layout_goes_on_from_any_other(corpus: Path, tmp_path: Path) -> None
     run_training([*base, *layout("plain", 0)], 1, tmp_path)
     expected = read_metrics(tmp_path / "whole")
     moving = [*small_run(corpus, tmp_path / "moving"), "model.dropout=0"]
-    for steps, (engine, stage), ranks, micro_batch in (
+    for steps, (engine, stage), count, micro_batch in (
         (4, ("plain", 0), 1, 8),
         (6, ("deepspeed", 3), 2, 2),
         (8, ("deepspeed", 1), 2, 1),
@@ -86,7 +104,7 @@ def test_any_layout_goes_on_from_any_other(corpus: Path, tmp_path: Path) -> None
         (12, ("deepspeed", 0), 2, 2),
     ):
         extra = [f"train.steps={steps}", "schedule.total_steps=12", f"train.micro_batch={micro_batch}"]
-        run_training([*moving, *layout(engine, stage), *extra], ranks, tmp_path)
+        run_training([*moving, *layout(engine, stage), *extra], count, tmp_path)
     found = {line["step"]: line for line in read_metrics(tmp_path / "moving") if "train/loss" in line}
     for line in expected:
         if "train/loss" in line:
@@ -105,6 +123,29 @@ def test_a_finished_run_is_left_untouched(corpus: Path, tmp_path: Path) -> None:
     started = run_training(arguments, 1, tmp_path)
     assert "is done" in started.outputs[0].read_text()
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_from_a_named_checkpoint_goes_on_when_the_command_is_given_again(corpus: Path, tmp_path: Path) -> None:
+    """As a requeued job gives it. Here the checkpoint is the run's own, and retention deletes it on the way."""
+    base = [*layout("plain", 0), "schedule.total_steps=12", "checkpoint.every_steps=2", "checkpoint.keep=2"]
+    arguments = [*small_run(corpus, tmp_path / "run"), *base]
+    run_training([*arguments, "train.steps=6"], 1, tmp_path)
+    first = tmp_path / "run" / "checkpoints" / "step-00000004"
+    again = [*arguments, f"run.resume={first}"]
+    run_training([*again, "train.steps=8"], 1, tmp_path)
+    assert started_after(tmp_path / "run") == [4]
+    run_training([*again, "train.steps=10"], 1, tmp_path)
+    assert not first.exists()
+    run_training(again, 1, tmp_path)
+    assert started_after(tmp_path / "run") == [4, 8, 10]
+    started = run_training([*arguments, f"run.resume={tmp_path / 'other'}"], 1, tmp_path, code=2)
+    assert "is not a checkpoint" in started.text()
+
+
+def started_after(folder: Path) -> list[int]:
+    """The steps from which the run has gone on, as its log tells."""
+    log = (folder / "logs" / "rank-0.log").read_text()
+    return [int(step) for step in re.findall(r"from step (\d+)", log)]
 
 
 def test_a_longer_run_goes_on_without_reordering(corpus: Path, tmp_path: Path) -> None:

@@ -64,9 +64,27 @@ def test_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.settings.logging.project == "sk-canary"
     assert "sk-canary" not in made.to_yaml()
     assert "${oc.env:CANARY}" in made.to_yaml()
+    assert made.public["run"]["dir"] == made.settings.run.dir == "runs/tiny", "all else is stored as it is"
     monkeypatch.setenv("LAYERS", "3")
     made = compose("train", TrainRoot, ["experiment=tiny", "model.layers='${oc.decode:${oc.env:LAYERS}}'"])
     assert made.public["model"]["layers"] == made.settings.model.layers == 3, "a number has to be read again"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["logging.project='${oc.env:CANARY}'", "data.corpora_dir='${logging.project}/corpora'"],
+        ["run.name='${oc.env:CANARY,none}'"],
+        ["data.sources=[{path: x, licence: '${oc.env:CANARY}'}]", "logging.project='${data.sources.0.licence}'"],
+        ["logging.project='${oc.decode:\"${oc.env:CANARY}\"}'"],
+    ],
+)
+def test_secrets_stay_references_however_they_travel(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANARY", "sk-canary")
+    made = compose("train", TrainRoot, ["experiment=tiny", *overrides])
+    assert "sk-canary" in repr(made.settings)
+    assert "sk-canary" not in made.to_yaml()
+    assert compose("train", TrainRoot, ["experiment=tiny", *overrides]).settings == made.settings
 
 
 def test_prepare_reads_the_settings_of_train() -> None:
