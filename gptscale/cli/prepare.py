@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptscale.config.compose import compose
 from gptscale.config.schema import PrepareRoot
-from gptscale.runtime.errors import EXIT_DONE
+from gptscale.runtime.errors import EXIT_DONE, UserError
 
 
 def help_text() -> str:
@@ -23,6 +23,8 @@ def help_text() -> str:
 
 def run(arguments: Sequence[str]) -> int:
     settings = compose("prepare", PrepareRoot, arguments).settings
+    if settings.target == "":
+        raise UserError("target is empty\ngive a folder that is to be made, or leave it out")
     from gptscale.cli.progress import prepare_progress
     from gptscale.data.prepare import ensure_prepared, prepare
 

@@ -54,7 +54,7 @@ def compose(verb: str, schema: type[T], overrides: Sequence[str]) -> Composed[T]
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
     _check_overrides(schema, overrides)
     ConfigStore.instance().store(name="schema", node=defaults(schema))
@@ -69,6 +69,9 @@ def compose(verb: str, schema: type[T], overrides: Sequence[str]) -> Composed[T]
         if OmegaConf.is_dict(composed.get("run")):
             name_run(composed.run, choices)
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except InterpolationResolutionError as error:
+        what = _two_lines(error).splitlines()[0].rpartition("resolving interpolation: ")[2].strip('"')
+        raise UserError(f"{error.full_key}: {what}\nset it, or write another value") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_two_lines(error)) from error
     assert isinstance(values, dict)
@@ -98,6 +101,8 @@ def _check_overrides(schema: type[Any], overrides: Sequence[str]) -> None:
     keys = flat_keys(schema)
     parser = OverridesParser.create()
     for text in overrides:
+        if text.startswith("-"):
+            raise UserError(f"there is no option '{text}'\nsettings are key=value; --help lists them")
         try:
             override: Override = parser.parse_override(text)
         except HydraException as error:
@@ -107,13 +112,19 @@ def _check_overrides(schema: type[Any], overrides: Sequence[str]) -> None:
             ) from error
         key = override.key_or_group
         value = override.value()
+        if text.startswith("~"):
+            raise UserError(
+                f"'{text}': a setting cannot be taken away\nset it to another value, or to null where it may be"
+            )
         if key in groups and isinstance(value, str):
             options = group_options(key)
             if value not in options:
                 near = difflib.get_close_matches(value, options, n=1)
                 fix = f"did you mean {key}={near[0]}?" if near else f"there are: {', '.join(options)}"
                 raise UserError(f"there is no {key}={value}\n{fix}")
-        elif key not in keys and not _inside_list(key, keys) and not key.startswith("hydra."):
+        elif key in groups and not isinstance(value, dict):
+            raise UserError(f"'{text}' names more than one {key}\ngive one: {key}={group_options(key)[0]}")
+        elif key not in keys and key not in groups and not _inside_list(key, keys):
             raise UserError(unknown_key(key, [*keys, *groups]))
 
 

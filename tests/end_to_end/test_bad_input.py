@@ -32,6 +32,13 @@ def refused(code: int, err: str, *words: str) -> None:
     ("arguments", "words"),
     [
         (["train", "model.layerz=2"], ["model.layerz", "model.layers"]),
+        (["train", "experiment=[tiny]"], ["more than one experiment", "experiment=first"]),
+        (["train", "--hepl"], ["--hepl", "--help"]),
+        (["train", "experiment=tiny", "~model"], ["~model", "taken away"]),
+        (["train", "experiment=tiny", "hydra.run.dir=x"], ["hydra.run.dir"]),
+        (["train", "experiment=tiny", "logging.project='${oc.env:NO_SUCH}'"], ["logging.project", "NO_SUCH"]),
+        (["train", "experiment=tiny", "model.layers='${model.none}'"], ["model.layers", "model.none"]),
+        (["prepare", "target="], ["target"]),
         (["train", "layers=2"], ["layers", "model.layers"]),
         (["train", "experiment=tinny"], ["experiment=tinny", "experiment=tiny"]),
         (["train", "model=gpt"], ["model=gpt"]),
