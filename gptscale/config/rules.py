@@ -35,31 +35,67 @@ def check_model(model: ModelConfig) -> None:
     _at_least("model.width", model.width, 1)
     _at_least("model.vocab_multiple", model.vocab_multiple, 1)
     _at_least("model.loss_chunk", model.loss_chunk, 1)
-    if model.width % model.heads:
+    if model.head_width is not None:
+        _at_least("model.head_width", model.head_width, 1)
+    elif model.width % model.heads:
         below, above = model.width // model.heads * model.heads, -(-model.width // model.heads) * model.heads
         raise UserError(
             f"model.heads={model.heads} does not divide model.width={model.width}\n"
             f"use model.width={below or above} or {above}, or model.heads={_nearest_divisor(model.width, model.heads)}"
         )
+    width = model.width // model.heads if model.head_width is None else model.head_width
     kv_heads = model.heads if model.kv_heads is None else model.kv_heads
     _at_least("model.kv_heads", kv_heads, 1)
     if model.feedforward_width is not None:
         _at_least("model.feedforward_width", model.feedforward_width, 1)
-    for name in ("rope_theta", "norm_epsilon", "init_std"):
+    for name in ("rope_theta", "norm_epsilon", "init_std", "embedding_scale"):
         _above_zero(f"model.{name}", getattr(model, name), str(getattr(ModelConfig, name)))
     if model.heads % kv_heads:
         raise UserError(
             f"model.kv_heads={kv_heads} does not divide model.heads={model.heads}\n"
             f"use model.kv_heads={_nearest_divisor(model.heads, kv_heads)}"
         )
-    if model.positions == "rope" and (model.width // model.heads) % 2:
+    if model.positions == "rope" and width % 2:
         raise UserError(
-            f"model.positions=rope rotates pairs, but model.width / model.heads = {model.width // model.heads} is odd\n"
-            "use an even head width"
+            f"model.positions=rope rotates pairs of features, but a head has {width}\n"
+            "choose model.width and model.heads, or model.head_width, so that this is even"
         )
+    _check_windows(model)
+    _check_rope_scaling(model)
+    _at_least("model.logit_softcap", model.logit_softcap, 0)
+    _at_least("model.z_loss", model.z_loss, 0)
     if not 0 <= model.dropout < 1:
         raise UserError(
             f"model.dropout={model.dropout} is not a probability below 1\nuse a value from 0 up to 1, e.g. 0.1"
+        )
+
+
+def _check_windows(model: ModelConfig) -> None:
+    if not model.attention_pattern:
+        raise UserError("model.attention_pattern is empty\nname at least one kind of layer, e.g. [full]")
+    if model.window is not None:
+        _at_least("model.window", model.window, 1)
+    elif "window" in model.attention_pattern:
+        raise UserError(
+            "model.attention_pattern has window layers, and model.window is not set\nset it, e.g. model.window=256"
+        )
+
+
+def _check_rope_scaling(model: ModelConfig) -> None:
+    if model.rope_scaling == "none":
+        if model.rope_factor != 1:
+            raise UserError(
+                f"model.rope_factor={model.rope_factor} has no effect with model.rope_scaling=none\n"
+                "choose linear, llama3 or yarn, or leave model.rope_factor=1"
+            )
+        return
+    if model.positions != "rope":
+        raise UserError(f"model.rope_scaling={model.rope_scaling} needs rotary positions\nset model.positions=rope")
+    _at_least("model.rope_factor", model.rope_factor, 1)
+    if model.rope_scaling != "linear" and model.rope_original_length is None:
+        raise UserError(
+            f"model.rope_scaling={model.rope_scaling} needs the length that the frequencies were trained with\n"
+            "set model.rope_original_length, e.g. 4096"
         )
 
 

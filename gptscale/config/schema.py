@@ -27,18 +27,39 @@ class ModelConfig:
     layers: int = 4
     width: int = 128
     heads: int = 4
+    head_width: int | None = None
+    """Features of a head. Default: width / heads."""
     kv_heads: int | None = None
     """Grouped-query attention: key/value heads. Default: `heads`."""
+    attention_pattern: tuple[Literal["full", "window"], ...] = ("full",)
+    """How far layers look back, repeated over the depth: `[full,window]` is GPT-3's alternation."""
+    window: int | None = None
+    """Tokens that a `window` layer sees, the current one included."""
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys, before their rotation."""
     feedforward_width: int | None = None
-    """Default: 4 · width for GELU; 8/3 · width for SwiGLU (equal parameters), rounded up to a multiple of 32."""
+    """Default: 4 · width for GELU and ReLU²; 8/3 · width for SwiGLU (equal parameters), up to a multiple of 32."""
     positions: Literal["learned", "rope"] = "learned"
     rope_theta: float = 10_000.0
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """How frequencies are changed for contexts `rope_factor` times as long as `rope_original_length`."""
+    rope_factor: float = 1.0
+    rope_original_length: int | None = None
+    """The sequence length that the frequencies were trained with; `llama3` and `yarn` need it."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: float = 1e-5
-    feedforward: Literal["gelu", "swiglu"] = "gelu"
+    feedforward: Literal["gelu", "swiglu", "relu2"] = "gelu"
     bias: bool = True
     """Biases on projections (and on LayerNorm)."""
+    qkv_bias: bool | None = None
+    """Biases on queries, keys and values. Default: as `bias`."""
     tied_embeddings: bool = True
+    embedding_scale: float = 1.0
+    """Token embeddings are multiplied by this, before positions are added."""
+    logit_softcap: float = 0.0
+    """c: logits become c · tanh(logits / c). 0 turns it off."""
+    z_loss: float = 0.0
+    """Weight of log² of the softmax's denominator, which keeps logits near zero. Not part of the loss that is shown."""
     dropout: float = 0.0
     init_std: float = 0.02
     """Normal init; projections into the residual stream are scaled by 1/√(2·layers) (GPT-2, section 2.3)."""

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key/value heads.
+"""Causal self-attention with grouped key/value heads, over all that came before or a window of it.
 
 Shape legend: B batch, T new tokens, S tokens seen, D width, H query heads, K key/value heads, W features of a head.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptscale.config.schema import ModelConfig
 from gptscale.model.blocked_attention import blocked_attention
 from gptscale.model.linear import Linear
+from gptscale.model.norm import RMSNorm
 from gptscale.model.positions import RotaryTable
-from gptscale.model.shape import head_width, kv_heads
+from gptscale.model.shape import head_width, kv_heads, qkv_bias, window_of_layer
 
 AttentionKernel = Literal["auto", "blocked", "sdpa"]
 
@@ -37,26 +39,33 @@ class LayerCache(Protocol):
 class Attention(nn.Module):
     """softmax(q kᵀ / √W, causal) v between projections q, k, v and o.
 
-    Heads are counted from the projections' real width, so projections that hold a slice of the heads just work.
+    With `qk_norm` the queries and keys of each head are normalised before they turn (Henry et al., arXiv 2010.04245, as
+    Qwen3 has it). Heads are counted from the projections' real width, so projections that hold a slice of the heads
+    just work.
     """
 
-    def __init__(self, config: ModelConfig, rotary: RotaryTable | None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, rotary: RotaryTable | None) -> None:
         super().__init__()
         self.head_width = head_width(config)
+        self.window = window_of_layer(config, layer)
         self.dropout = config.dropout
         self.rotary = rotary
         self.kernel: AttentionKernel = "auto"
-        kv_width = kv_heads(config) * self.head_width
-        self.q = Linear(config.width, config.width, config.bias)
-        self.k = Linear(config.width, kv_width, config.bias)
-        self.v = Linear(config.width, kv_width, config.bias)
-        self.o = Linear(config.width, config.width, config.bias)
+        q_width, kv_width = config.heads * self.head_width, kv_heads(config) * self.head_width
+        self.q = Linear(config.width, q_width, qkv_bias(config))
+        self.k = Linear(config.width, kv_width, qkv_bias(config))
+        self.v = Linear(config.width, kv_width, qkv_bias(config))
+        self.o = Linear(q_width, config.width, config.bias)
+        self.q_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
         batch, tokens, _ = x_BTD.shape
         q_BTHW = self.q(x_BTD).view(batch, tokens, -1, self.head_width)
         k_BTKW = self.k(x_BTD).view(batch, tokens, -1, self.head_width)
         v_BTKW = self.v(x_BTD).view(batch, tokens, -1, self.head_width)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHW, k_BTKW = self.q_norm(q_BTHW), self.k_norm(k_BTKW)
         if self.rotary is not None:
             positions_BT = None if cache is None else cache.positions_BT
             q_BTHW = self.rotary.rotate(q_BTHW, positions_BT)
@@ -64,11 +73,18 @@ class Attention(nn.Module):
         visible_BTS = None
         if cache is not None:
             k_BTKW, v_BTKW = cache.extend(k_BTKW, v_BTKW)
-            visible_BTS = cache.visible_BTS
+            visible_BTS = self._within_window(cache)
         dropout = self.dropout if self.training else 0.0
-        y_BTHW = attend(q_BTHW, k_BTKW, v_BTKW, dropout, self.kernel, visible_BTS)
+        y_BTHW = attend(q_BTHW, k_BTKW, v_BTKW, dropout, self.kernel, self.window, visible_BTS)
         y_BTD: Tensor = self.o(y_BTHW.reshape(batch, tokens, -1))
         return y_BTD
+
+    def _within_window(self, cache: LayerCache) -> Tensor | None:
+        """What the new tokens may see of the cache, in this layer."""
+        if cache.visible_BTS is None or self.window is None:
+            return cache.visible_BTS
+        slots_S = torch.arange(cache.visible_BTS.shape[-1], device=cache.visible_BTS.device)
+        return cache.visible_BTS & (slots_S > cache.positions_BT.unsqueeze(2) - self.window)
 
 
 def attend(
@@ -77,14 +93,21 @@ def attend(
     v_BSKW: Tensor,
     dropout: float = 0.0,
     kernel: AttentionKernel = "auto",
+    window: int | None = None,
     visible_BTS: Tensor | None = None,
 ) -> Tensor:
     """Attention over [B, T, heads, W] layouts → [B, T, H, W]; causal, or as `visible_BTS` says where it is given.
+
+    A token sees the last `window` tokens, itself included, or all where there is none.
 
     `kernel="auto"` takes torch's `scaled_dot_product_attention`, but `blocked` on a CPU in two cases. With dropout,
     which torch's CPU kernel lacks: it would hold several T×T scores. In half precision up to `BLOCKED_MAX_TOKENS`
     tokens, where `blocked` was measured faster (by a tenth here, more where the CPU has bf16 products).
     """
+    if window is not None and window >= q_BTHW.shape[1]:
+        window = None
+    if visible_BTS is None and window is not None:
+        return blocked_attention(q_BTHW, k_BSKW, v_BSKW, dropout, window)
     if kernel == "auto":
         short = q_BTHW.shape[1] <= BLOCKED_MAX_TOKENS and q_BTHW.element_size() == 2
         kernel = "blocked" if q_BTHW.device.type == "cpu" and (dropout or short) else "sdpa"

@@ -1,16 +1,18 @@
 """Causal attention as plain matrix products, one sequence and one block of queries at a time.
 
 Nothing quadratic is kept: backward computes the probabilities again, dropout's masks included, and the [H, Q, S] scores
-of a block are all that exists at once. Blocks of queries skip the keys that causality hides. Torch's own CPU kernel is
-faster in fp32 but has no dropout, where it falls back to whole T×T scores (`attention.attend` says which is used when).
+of a block are all that exists at once. Blocks of queries skip the keys that no query of theirs sees. Torch's own CPU
+kernel is faster in fp32 but has no dropout, where it falls back to whole T×T scores (`attention.attend` says which is
+used when).
 
 Shape legend: B batch, T tokens, H query heads, K key/value heads, W features of a head, Q queries of a block,
-S keys those queries may see (all up to the block's end).
+S keys from the first that any of those queries sees to the block's end.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,31 +21,53 @@ QUERY_BLOCK = 128
 """Queries of a block."""
 
 
-def blocked_attention(q_BTHW: Tensor, k_BTKW: Tensor, v_BTKW: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ / √W, causal) v → [B, T, H, W], contiguous, in the type of q. H is a multiple of K."""
+def blocked_attention(
+    q_BTHW: Tensor,
+    k_BTKW: Tensor,
+    v_BTKW: Tensor,
+    dropout: float = 0.0,
+    window: int | None = None,
+    starts_BT: Tensor | None = None,
+) -> Tensor:
+    """softmax(q kᵀ / √W, causal) v → [B, T, H, W], contiguous, in the type of q. H is a multiple of K.
+
+    A token sees the last `window` tokens, itself included, and none before its document's start: `starts_BT` holds for
+    each token the position in its row at which its document begins (int64, on the host).
+    """
     group = q_BTHW.shape[2] // k_BTKW.shape[2]
     if group > 1:
         k_BTKW, v_BTKW = k_BTKW.repeat_interleave(group, dim=2), v_BTKW.repeat_interleave(group, dim=2)
     # Backward draws dropout's masks again from this seed. It comes from the global generator, so that activation
     # checkpointing, which restores that generator, meets the same masks.
     seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
-    y_BTHW: Tensor = _BlockedAttention.apply(q_BTHW, k_BTKW, v_BTKW, dropout, seed)  # type: ignore[no-untyped-call]
+    y_BTHW: Tensor = _BlockedAttention.apply(  # type: ignore[no-untyped-call]
+        q_BTHW, k_BTKW, v_BTKW, dropout, seed, window, starts_BT
+    )
     return y_BTHW
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTHW: Tensor, k_BTHW: Tensor, v_BTHW: Tensor, dropout: float, seed: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        q_BTHW: Tensor,
+        k_BTHW: Tensor,
+        v_BTHW: Tensor,
+        dropout: float,
+        seed: int,
+        window: int | None,
+        starts_BT: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(q_BTHW, k_BTHW, v_BTHW)
-        ctx.dropout, ctx.seed = dropout, seed
+        ctx.settings = (dropout, seed, window, starts_BT)
         y_BTHW = torch.empty_like(q_BTHW, memory_format=torch.contiguous_format)
-        blocks = _Blocks(q_BTHW, dropout, seed)
+        blocks = _Blocks(q_BTHW, *ctx.settings)
         for b in range(len(q_BTHW)):
             q_HTW, k_HTW, v_HTW, y_HTW = _heads_first(b, q_BTHW, k_BTHW, v_BTHW, y_BTHW)
-            for start, end in blocks.ranges:
-                p_HQS, kept_HQS = blocks.probabilities(q_HTW, k_HTW, start, end)
+            for block in blocks.of_row(b):
+                p_HQS, kept_HQS = blocks.probabilities(q_HTW, k_HTW, block)
                 used_HQS = p_HQS if kept_HQS is None else p_HQS.mul_(kept_HQS)
-                torch.bmm(used_HQS, v_HTW[:, :end], out=y_HTW[:, start:end])
+                torch.bmm(used_HQS, v_HTW[:, block.keys], out=y_HTW[:, block.queries])
         return y_BTHW
 
     @staticmethod
@@ -51,36 +75,54 @@ class _BlockedAttention(torch.autograd.Function):
         (grad_y_BTHW,) = grads
         saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
         q_BTHW, k_BTHW, v_BTHW = saved
-        grad_q_BTHW, grad_k_BTHW, grad_v_BTHW = (
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in saved
-        )
-        blocks = _Blocks(q_BTHW, ctx.dropout, ctx.seed)
+        blocks = _Blocks(q_BTHW, *ctx.settings)
+        # Without a lower bound the first block sees every key: it writes their gradients, the others add to them.
+        make = torch.zeros_like if blocks.bounded else torch.empty_like
+        grad_q_BTHW = torch.empty_like(q_BTHW, memory_format=torch.contiguous_format)
+        grad_k_BTHW = make(k_BTHW, memory_format=torch.contiguous_format)
+        grad_v_BTHW = make(v_BTHW, memory_format=torch.contiguous_format)
         for b in range(len(q_BTHW)):
             q_HTW, k_HTW, v_HTW, grad_y_HTW = _heads_first(b, q_BTHW, k_BTHW, v_BTHW, grad_y_BTHW)
             grad_q_HTW, grad_k_HTW, grad_v_HTW = _heads_first(b, grad_q_BTHW, grad_k_BTHW, grad_v_BTHW)
-            for start, end in blocks.ranges:
-                p_HQS, kept_HQS = blocks.probabilities(q_HTW, k_HTW, start, end)
-                q_HQW, k_HSW, grad_y_HQW = q_HTW[:, start:end], k_HTW[:, :end], grad_y_HTW[:, start:end]
-                grad_k_HSW, grad_v_HSW = grad_k_HTW[:, :end], grad_v_HTW[:, :end]
-                # The first block sees every key: it writes the gradients of keys and values, the others add to them.
-                beta = 0 if end == q_BTHW.shape[1] else 1
+            for block in blocks.of_row(b):
+                p_HQS, kept_HQS = blocks.probabilities(q_HTW, k_HTW, block)
+                q_HQW, k_HSW, grad_y_HQW = q_HTW[:, block.queries], k_HTW[:, block.keys], grad_y_HTW[:, block.queries]
+                grad_k_HSW, grad_v_HSW = grad_k_HTW[:, block.keys], grad_v_HTW[:, block.keys]
+                beta = 1 if blocks.bounded or block.end < q_BTHW.shape[1] else 0
                 used_HQS = p_HQS if kept_HQS is None else p_HQS * kept_HQS
                 torch.baddbmm(grad_v_HSW, used_HQS.transpose(1, 2), grad_y_HQW, beta=beta, out=grad_v_HSW)
-                grad_p_HQS = torch.bmm(grad_y_HQW, v_HTW[:, :end].transpose(1, 2), out=blocks.scores(start, end))
+                grad_p_HQS = torch.bmm(grad_y_HQW, v_HTW[:, block.keys].transpose(1, 2), out=blocks.scores(block))
                 if kept_HQS is not None:
                     grad_p_HQS *= kept_HQS
                 grad_s_HQS = torch._softmax_backward_data(grad_p_HQS, p_HQS, -1, p_HQS.dtype, grad_input=grad_p_HQS)
-                grad_q_HQW = grad_q_HTW[:, start:end]
+                grad_q_HQW = grad_q_HTW[:, block.queries]
                 torch.baddbmm(grad_q_HQW, grad_s_HQS, k_HSW, beta=0, alpha=blocks.scale, out=grad_q_HQW)
                 grad_s_HSQ = grad_s_HQS.transpose(1, 2)
                 torch.baddbmm(grad_k_HSW, grad_s_HSQ, q_HQW, beta=beta, alpha=blocks.scale, out=grad_k_HSW)
-        return grad_q_BTHW, grad_k_BTHW, grad_v_BTHW, None, None
+        return grad_q_BTHW, grad_k_BTHW, grad_v_BTHW, None, None, None, None
+
+
+class _Block(NamedTuple):
+    """Queries [start, end), which see keys from `first` on; `bounds_Q`, unless None, has each one's own first key."""
+
+    start: int
+    end: int
+    first: int
+    bounds_Q: Tensor | None
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.start, self.end)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.first, self.end)
 
 
 class _Blocks:
     """The blocks of queries, last one first, with scratch that all of them share."""
 
-    def __init__(self, q_BTHW: Tensor, dropout: float, seed: int) -> None:
+    def __init__(self, q_BTHW: Tensor, dropout: float, seed: int, window: int | None, starts_BT: Tensor | None) -> None:
         _, tokens, self.heads, width = q_BTHW.shape
         size = min(QUERY_BLOCK, tokens)
         self.ranges = [(start, min(start + size, tokens)) for start in reversed(range(0, tokens, size))]
@@ -88,19 +130,44 @@ class _Blocks:
         self.future_QQ = q_BTHW.new_full((size, size), -torch.inf).triu_(1)
         self.keep = 1.0 - dropout
         self.generator = torch.Generator(q_BTHW.device).manual_seed(seed) if dropout else None
-        self._scores = q_BTHW.new_empty(self.heads * size * tokens)
+        self.bounded = window is not None or starts_BT is not None
+        self._starts_BT = starts_BT
+        self._window_T = None if window is None else torch.arange(tokens).sub_(window - 1).clamp_(min=0)
+        longest = tokens if window is None else min(tokens, window + size - 1)
+        self._scores = q_BTHW.new_empty(self.heads * size * longest)
         self._probabilities = torch.empty_like(self._scores)
 
-    def scores(self, start: int, end: int) -> Tensor:
-        """Scratch [H, Q, S]."""
-        return self._scores[: self.heads * (end - start) * end].view(self.heads, end - start, end)
+    def of_row(self, b: int) -> Iterator[_Block]:
+        """The blocks of sequence b."""
+        bounds_T = self._window_T
+        if self._starts_BT is not None:
+            starts_T = self._starts_BT[b]
+            bounds_T = starts_T if bounds_T is None else torch.maximum(bounds_T, starts_T)
+        for start, end in self.ranges:
+            if bounds_T is None:
+                yield _Block(start, end, 0, None)
+            else:
+                bounds_Q = bounds_T[start:end]
+                first, last = int(bounds_Q[0]), int(bounds_Q[-1])
+                yield _Block(start, end, first, bounds_Q if first < last else None)
 
-    def probabilities(self, q_HTW: Tensor, k_HTW: Tensor, start: int, end: int) -> tuple[Tensor, Tensor | None]:
+    def scores(self, block: _Block) -> Tensor:
+        """Scratch [H, Q, S]."""
+        queries, keys = block.end - block.start, block.end - block.first
+        return self._scores[: self.heads * queries * keys].view(self.heads, queries, keys)
+
+    def probabilities(self, q_HTW: Tensor, k_HTW: Tensor, block: _Block) -> tuple[Tensor, Tensor | None]:
         """Probabilities [H, Q, S] in scratch, and where dropout is on the factor of each: 0 or 1/keep."""
-        s_HQS = self.scores(start, end)
-        k_HWS = k_HTW[:, :end].transpose(1, 2)
-        torch.baddbmm(s_HQS, q_HTW[:, start:end], k_HWS, beta=0, alpha=self.scale, out=s_HQS)
-        s_HQS[:, :, start:] += self.future_QQ[: end - start, : end - start]
+        s_HQS = self.scores(block)
+        queries = block.end - block.start
+        k_HWS = k_HTW[:, block.keys].transpose(1, 2)
+        torch.baddbmm(s_HQS, q_HTW[:, block.queries], k_HWS, beta=0, alpha=self.scale, out=s_HQS)
+        s_HQS[:, :, block.start - block.first :] += self.future_QQ[:queries, :queries]
+        if block.bounds_Q is not None:
+            # Bounds only rise along the row: beyond the last query's every key is seen, as far as causality lets it.
+            keys_S = torch.arange(block.first, int(block.bounds_Q[-1]))
+            hidden_QS = (keys_S < block.bounds_Q.unsqueeze(1)).to(s_HQS.device)
+            s_HQS[:, :, : len(keys_S)].masked_fill_(hidden_QS, -torch.inf)
         p_HQS = self._probabilities[: s_HQS.numel()].view(s_HQS.shape)
         torch._softmax(s_HQS, -1, False, out=p_HQS)
         if self.generator is None:

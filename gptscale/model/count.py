@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gptscale.config.schema import ModelConfig
-from gptscale.model.shape import feedforward_width, head_width, kv_heads, padded_vocab
+from gptscale.model.shape import feedforward_width, head_width, kv_heads, padded_vocab, qkv_bias, window_of_layer
 
 
 def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
@@ -13,11 +13,13 @@ def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) 
     positions = sequence_length * config.width if config.positions == "learned" else 0
     norm = config.width * (2 if config.norm == "layernorm" and config.bias else 1)
     biases = 0
+    if qkv_bias(config):
+        biases += (config.heads + 2 * kv_heads(config)) * head_width(config)
     if config.bias:
         into_feedforward = 2 if config.feedforward == "swiglu" else 1
-        kv_width = kv_heads(config) * head_width(config)
-        biases = 3 * config.width + 2 * kv_width + into_feedforward * feedforward_width(config)
-    block = _block_matrices(config) + biases + 2 * norm
+        biases += 2 * config.width + into_feedforward * feedforward_width(config)
+    head_norms = 2 * head_width(config) if config.qk_norm else 0
+    block = _block_matrices(config) + biases + 2 * norm + head_norms
     return tables + positions + config.layers * block + norm
 
 
@@ -33,19 +35,25 @@ def matmul_parameter_count(config: ModelConfig, vocab_size: int) -> int:
 def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
     """Floating-point operations of forward and backward a token, a multiply-add being two.
 
-        6 · N_matmul  +  6 · layers · width · (sequence_length + 1)
+        6 · N_matmul  +  12 · heads · head_width · Σ over layers of the keys that a token sees on average
 
     PaLM (arXiv 2204.02311, appendix B) has 6 · N + 12 · layers · heads · head_width · T. Two things differ. N here is
     what multiplies a token (`matmul_parameter_count`): PaLM's counts every parameter, look-ups and norms too. And
-    attention is counted causally: token t sees t of the T keys, so the mean is (T + 1) / 2 in place of T. Recomputed
-    activations are not counted: this measures useful work.
+    attention is counted causally: token t sees t of the T keys, or the last of them within a window, so the mean is
+    (T + 1) / 2 or less in place of T. Recomputed activations are not counted: this measures useful work.
     """
-    attention = 6 * config.layers * config.width * (sequence_length + 1)
+    seen = sum(_keys_seen(window_of_layer(config, layer), sequence_length) for layer in range(config.layers))
+    attention = round(12 * config.heads * head_width(config) * seen / sequence_length)
     return 6 * matmul_parameter_count(config, vocab_size) + attention
 
 
+def _keys_seen(window: int | None, tokens: int) -> int:
+    """By all tokens of a sequence together."""
+    reach = tokens if window is None else min(window, tokens)
+    return reach * (reach + 1) // 2 + (tokens - reach) * reach
+
+
 def _block_matrices(config: ModelConfig) -> int:
-    kv_width = kv_heads(config) * head_width(config)
-    attention = 2 * config.width * config.width + 2 * config.width * kv_width
+    attention = 2 * config.width * (config.heads + kv_heads(config)) * head_width(config)
     feedforward = (3 if config.feedforward == "swiglu" else 2) * config.width * feedforward_width(config)
     return attention + feedforward

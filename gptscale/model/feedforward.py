@@ -1,4 +1,4 @@
-"""The feed-forward of a block: tanh-GELU (GPT-2) or SwiGLU.
+"""The feed-forward of a block: tanh-GELU (GPT-2), ReLU² or SwiGLU.
 
 Shape legend: B batch, T tokens, D width, F hidden width.
 """
@@ -17,11 +17,14 @@ from gptscale.model.shape import feedforward_width
 
 
 class FeedForward(nn.Module):
-    """down(gelu(up(x))), or down(silu(gate(x)) · up(x)) for SwiGLU (Shazeer, arXiv 2002.05202)."""
+    """down(gelu(up(x))), down(relu(up(x))²) (So et al., arXiv 2109.08668), or down(silu(gate(x)) · up(x)) for SwiGLU
+    (Shazeer, arXiv 2002.05202).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = feedforward_width(config)
+        self.activation = config.feedforward
         self.gate = Linear(config.width, hidden, config.bias) if config.feedforward == "swiglu" else None
         self.up = Linear(config.width, hidden, config.bias)
         self.down = Linear(hidden, config.width, config.bias)
@@ -29,7 +32,8 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
         if self.gate is None:
-            hidden_BTF = F.gelu(up_BTF, approximate="tanh")
+            gelu = self.activation == "gelu"
+            hidden_BTF = F.gelu(up_BTF, approximate="tanh") if gelu else F.relu(up_BTF).square()
         else:
             hidden_BTF = _GatedSilu.apply(self.gate(x_BTD), up_BTF)  # type: ignore[no-untyped-call]
         y_BTD: Tensor = self.down(hidden_BTF)

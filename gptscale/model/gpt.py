@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptscale.config.rules import check_model
 from gptscale.config.schema import ModelConfig
 from gptscale.model.attention import Attention, AttentionKernel, LayerCache
 from gptscale.model.feedforward import FeedForward
 from gptscale.model.linear import linear
-from gptscale.model.loss import chunked_cross_entropy
+from gptscale.model.loss import chunked_cross_entropy, soft_cap
 from gptscale.model.norm import build_norm
 from gptscale.model.positions import RotaryTable
-from gptscale.model.shape import check_shape, head_width, padded_vocab
+from gptscale.model.shape import padded_vocab
 
 
 class Cache(Protocol):
@@ -45,12 +46,15 @@ class Embedding(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.compute_dtype = compute_dtype
+        self.scale = config.embedding_scale
         self.weight = nn.Parameter(torch.empty(padded_vocab(vocab_size, config.vocab_multiple), config.width))
         learned = config.positions == "learned"
         self.positions = nn.Parameter(torch.empty(sequence_length, config.width)) if learned else None
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         x_BTD = F.embedding(ids_BT, self.weight)
+        if self.scale != 1.0:
+            x_BTD = x_BTD * self.scale
         if self.positions is not None:
             here = self.positions[: ids_BT.shape[1]] if positions_BT is None else self.positions[positions_BT]
             x_BTD = x_BTD + here
@@ -60,11 +64,11 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feedforward(norm(x)): pre-norm, as in GPT-2 and since."""
 
-    def __init__(self, config: ModelConfig, rotary: RotaryTable | None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, rotary: RotaryTable | None) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.attention_norm = build_norm(config)
-        self.attention = Attention(config, rotary)
+        self.attention = Attention(config, layer, rotary)
         self.feedforward_norm = build_norm(config)
         self.feedforward = FeedForward(config)
 
@@ -83,17 +87,29 @@ class Head(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.loss_chunk = config.loss_chunk
+        self.softcap = config.logit_softcap
+        self.z_loss = config.z_loss
         self.norm = build_norm(config)
         rows = padded_vocab(vocab_size, config.vocab_multiple)
         self.weight = nn.Parameter(torch.empty(rows, config.width)) if tied is None else tied
 
     def forward(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """With targets: fp32 scalar, the sum of token losses. Without: fp32 logits [B, T, V] of the real vocabulary."""
+        """With targets: fp32 scalar, the sum of token losses (z-loss is in its gradient only).
+
+        Without: fp32 logits [B, T, V] of the real vocabulary.
+        """
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
-            return linear(x_BTD, self.weight)[..., : self.vocab_size].float()
+            logits_BTV = linear(x_BTD, self.weight)[..., : self.vocab_size].float()
+            return soft_cap(logits_BTV, self.softcap) if self.softcap else logits_BTV
         return chunked_cross_entropy(
-            x_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), self.vocab_size, self.loss_chunk
+            x_BTD.flatten(0, 1),
+            self.weight,
+            targets_BT.flatten(),
+            self.vocab_size,
+            self.loss_chunk,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
         )
 
 
@@ -107,7 +123,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, sequence_length: int, compute_dtype: torch.dtype) -> None:
         super().__init__()
-        check_shape(config)
+        check_model(config)
         self.config = config
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
@@ -116,9 +132,9 @@ class GPT(nn.Module):
         """`full`: a block keeps its input only, and runs again in backward."""
 
         rope = config.positions == "rope"
-        self.rotary = RotaryTable(head_width(config), config.rope_theta, sequence_length) if rope else None
+        self.rotary = RotaryTable(config, sequence_length) if rope else None
         self.embedding = Embedding(config, vocab_size, sequence_length, compute_dtype)
-        self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer, self.rotary) for layer in range(config.layers))
         self.head = Head(config, vocab_size, self.embedding.weight if config.tied_embeddings else None)
 
     def sequence(self) -> list[tuple[str, nn.Module]]:

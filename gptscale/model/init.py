@@ -34,7 +34,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
     """
     if name.endswith(".bias"):
         return torch.zeros(*shape)
-    if name.endswith("norm.weight"):
+    if name.endswith("norm.weight"):  # those of queries and keys too
         return torch.ones(*shape)
     std = config.init_std
     if name.endswith(RESIDUAL_PROJECTIONS):

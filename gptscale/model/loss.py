@@ -14,9 +14,18 @@ from gptscale.flow import IGNORED_TARGET
 
 
 def chunked_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, vocab_size: int, chunk_tokens: int
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    vocab_size: int,
+    chunk_tokens: int,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Sum over targets ≠ IGNORED_TARGET of −log softmax(hidden · weightᵀ)[target]; fp32 scalar.
+
+    With `softcap` the logits are `soft_cap`ped. `z_loss` · log²(Σ exp logits) of each such target (PaLM, arXiv
+    2204.02311, section 5; there 1e-4) is in the gradient and not in the value, which stays the cross-entropy.
 
     Rows of `weight_VD` from `vocab_size` on are padding and take no probability. Products run in the type of
     `hidden_ND`, log-sum-exp and the gradient of the weight in fp32. At most `chunk_tokens` rows of logits exist at
@@ -28,9 +37,14 @@ def chunked_cross_entropy(
     """
     train = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, vocab_size, chunk_tokens, train
+        hidden_ND, weight_VD, targets_N, vocab_size, chunk_tokens, softcap, z_loss, train
     )
     return loss
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap · tanh(logits / cap): within ±cap, with a gradient everywhere (Gemma 2, arXiv 2408.00118, section 2)."""
+    return cap * torch.tanh(logits / cap)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -42,6 +56,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         vocab_size: int,
         chunk_tokens: int,
+        softcap: float,
+        z_loss: float,
         train: bool,
     ) -> Tensor:
         cast_weight_VD = weight_VD.to(hidden_ND.dtype)
@@ -62,6 +78,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(hidden_CD, cast_weight_VD.t(), out=logits_CV)
             else:
                 logits_CV.copy_(hidden_CD @ cast_weight_VD.t())
+            if softcap:
+                logits_CV.div_(softcap).tanh_().mul_(softcap)
             logits_CV[:, vocab_size:] = -torch.inf
             torch._softmax(logits_CV, -1, False, out=p_CV)
             # The largest probability is exp(largest logit − lse) and at least 1/V: its logarithm is exact to rounding.
@@ -73,7 +91,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             # d loss / d logits = softmax − one-hot. Ignored rows are dropped where they are narrow: after the product
             # with the weight, and before the one with the hidden state.
+            if z_loss:  # d z·lse² / d logits = 2 · z · lse · softmax
+                p_CV *= 1 + 2 * z_loss * lse_C1
             p_CV.scatter_add_(1, index_C1, p_CV.new_full((), -1.0).expand(index_C1.shape))
+            if softcap:  # d cap · tanh(x / cap) / dx = 1 − tanh²; padding has no gradient to pass on
+                slope_CV = logits_CV[:, :vocab_size].div_(softcap).square_().neg_().add_(1)
+                p_CV[:, :vocab_size].mul_(slope_CV)
             grad_CV = p_CV.to(hidden_CD.dtype)
             if grad_hidden_ND is not None:
                 torch.mm(grad_CV, cast_weight_VD, out=grad_hidden_ND[rows]).mul_(used_C1)
@@ -100,4 +123,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # In place: a second [V, D] would be the largest tensor of the step.
         scaled = tuple(None if grad is None else grad.mul_(grads[0]) for grad in ctx.grads)
         ctx.grads = None
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None, None

@@ -15,7 +15,18 @@ def padded_vocab(vocab_size: int, multiple: int) -> int:
 
 def head_width(config: ModelConfig) -> int:
     """Features of one attention head."""
-    return config.width // config.heads
+    return config.width // config.heads if config.head_width is None else config.head_width
+
+
+def qkv_bias(config: ModelConfig) -> bool:
+    """Whether queries, keys and values have biases."""
+    return config.bias if config.qkv_bias is None else config.qkv_bias
+
+
+def window_of_layer(config: ModelConfig, layer: int) -> int | None:
+    """Tokens that a layer's attention sees, the current one included; None for all before it."""
+    kind = config.attention_pattern[layer % len(config.attention_pattern)]
+    return config.window if kind == "window" else None
 
 
 def kv_heads(config: ModelConfig) -> int:
@@ -26,31 +37,13 @@ def kv_heads(config: ModelConfig) -> int:
 def feedforward_width(config: ModelConfig) -> int:
     """Hidden features of a block's feed-forward.
 
-    4 · width for GELU (GPT-2). SwiGLU has three matrices in place of two, so 8/3 · width keeps the parameters equal
-    (Shazeer, arXiv 2002.05202), rounded up to a multiple of `FEEDFORWARD_MULTIPLE`.
+    4 · width for GELU (GPT-2) and ReLU² (So et al., arXiv 2109.08668). SwiGLU has three matrices in place of
+    two, so 8/3 · width keeps the parameters equal (Shazeer, arXiv 2002.05202), up to a multiple of
+    `FEEDFORWARD_MULTIPLE`.
     """
     if config.feedforward_width is not None:
         return config.feedforward_width
-    if config.feedforward == "gelu":
+    if config.feedforward != "swiglu":
         return 4 * config.width
     exact_thirds = 8 * config.width
     return -(-exact_thirds // (3 * FEEDFORWARD_MULTIPLE)) * FEEDFORWARD_MULTIPLE
-
-
-def check_shape(config: ModelConfig) -> None:
-    """Raises ValueError, naming the key and the fix, where the sizes do not fit together."""
-    if config.width % config.heads:
-        raise ValueError(
-            f"model.width={config.width} is not divisible by model.heads={config.heads}\n"
-            f"Fix: set model.width to a multiple of model.heads"
-        )
-    if config.heads % kv_heads(config):
-        raise ValueError(
-            f"model.heads={config.heads} is not divisible by model.kv_heads={kv_heads(config)}\n"
-            f"Fix: set model.kv_heads to a divisor of model.heads"
-        )
-    if config.positions == "rope" and head_width(config) % 2:
-        raise ValueError(
-            f"model.positions=rope rotates pairs of features, but a head has {head_width(config)}\n"
-            f"Fix: choose model.width and model.heads so that width / heads is even"
-        )

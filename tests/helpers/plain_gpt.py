@@ -26,6 +26,22 @@ VARIANTS = {
     "rotary": ROTARY,
     "rotary_tied": replace(ROTARY, tied_embeddings=True),
     "rotary_bias_mqa": replace(ROTARY, bias=True, kv_heads=1),
+    "gpt3_banded": replace(GPT3, layers=3, attention_pattern=("full", "window"), window=7, qkv_bias=False),
+    "wide_heads": replace(GPT3, head_width=24, feedforward="relu2"),
+    "modern": replace(
+        ROTARY,
+        qk_norm=True,
+        head_width=16,
+        attention_pattern=("window", "full"),
+        window=5,
+        logit_softcap=6.0,
+        embedding_scale=3.0,
+        rope_scaling="yarn",
+        rope_factor=4.0,
+        rope_original_length=16,
+    ),
+    "llama3_scaling": replace(ROTARY, rope_scaling="llama3", rope_factor=8.0, rope_original_length=32),
+    "linear_scaling": replace(ROTARY, rope_scaling="linear", rope_factor=2.0),
     "learned_swiglu_rmsnorm": replace(GPT3, feedforward="swiglu", norm="rmsnorm"),
 }
 
@@ -64,7 +80,7 @@ def plain_logits(
 ) -> Tensor:
     """float64 logits [B, T, V]. `causal=False` and `scaled=False` are the errors that a comparison must notice."""
     tokens = inputs_BT.shape[1]
-    x_BTD = p["embedding.weight"][inputs_BT]
+    x_BTD = p["embedding.weight"][inputs_BT] * config.embedding_scale
     if config.positions == "learned":
         x_BTD = x_BTD + p["embedding.positions"][:tokens]
     for i in range(config.layers):
@@ -72,17 +88,21 @@ def plain_logits(
             name.removeprefix(f"blocks.{i}."): value for name, value in p.items() if name.startswith(f"blocks.{i}.")
         }
         normed_BTD = _norm(block, "attention_norm", config, x_BTD)
-        x_BTD = x_BTD + _attention(block, config, normed_BTD, causal, scaled)
+        x_BTD = x_BTD + _attention(block, config, i, normed_BTD, causal, scaled)
         normed_BTD = _norm(block, "feedforward_norm", config, x_BTD)
         up = _linear(block, "feedforward.up", normed_BTD)
         if config.feedforward == "swiglu":
             gate = _linear(block, "feedforward.gate", normed_BTD)
             hidden = gate / (1 + torch.exp(-gate)) * up
+        elif config.feedforward == "relu2":
+            hidden = up.clamp(min=0) ** 2
         else:
             hidden = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         x_BTD = x_BTD + _linear(block, "feedforward.down", hidden)
     head = p["embedding.weight" if config.tied_embeddings else "head.weight"]
-    return _norm(p, "head.norm", config, x_BTD) @ head[:vocab_size].T
+    logits_BTV = _norm(p, "head.norm", config, x_BTD) @ head[:vocab_size].T
+    cap = config.logit_softcap
+    return cap * torch.tanh(logits_BTV / cap) if cap else logits_BTV
 
 
 def plain_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -104,16 +124,23 @@ def _norm(p: dict[str, Tensor], name: str, config: ModelConfig, x: Tensor) -> Te
     return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
 
 
-def _attention(p: dict[str, Tensor], config: ModelConfig, x_BTD: Tensor, causal: bool, scaled: bool) -> Tensor:
+def _attention(
+    p: dict[str, Tensor], config: ModelConfig, layer: int, x_BTD: Tensor, causal: bool, scaled: bool
+) -> Tensor:
     batch, tokens, _ = x_BTD.shape
-    width = config.width // config.heads
+    width = config.head_width or config.width // config.heads
     kv_heads = config.kv_heads or config.heads
     q_BHTW, k_BKTW, v_BKTW = (
         _linear(p, f"attention.{name}", x_BTD).view(batch, tokens, heads, width).transpose(1, 2)
         for name, heads in (("q", config.heads), ("k", kv_heads), ("v", kv_heads))
     )
+    if config.qk_norm:
+        q_BHTW, k_BKTW = (
+            x / torch.sqrt((x * x).mean(-1, keepdim=True) + config.norm_epsilon) * p[f"attention.{name}_norm.weight"]
+            for name, x in (("q", q_BHTW), ("k", k_BKTW))
+        )
     if config.positions == "rope":
-        q_BHTW, k_BKTW = _rotated(q_BHTW, config.rope_theta), _rotated(k_BKTW, config.rope_theta)
+        q_BHTW, k_BKTW = _rotated(q_BHTW, config), _rotated(k_BKTW, config)
     outputs = []
     for head in range(config.heads):
         shared = head // (config.heads // kv_heads)
@@ -123,15 +150,43 @@ def _attention(p: dict[str, Tensor], config: ModelConfig, x_BTD: Tensor, causal:
         if causal:
             future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
             scores_BTT = scores_BTT.masked_fill(future, -math.inf)
+        if config.attention_pattern[layer % len(config.attention_pattern)] == "window":
+            assert config.window is not None
+            past = torch.ones(tokens, tokens, dtype=torch.bool).tril(-config.window)
+            scores_BTT = scores_BTT.masked_fill(past, -math.inf)
         outputs.append(torch.softmax(scores_BTT, -1) @ v_BKTW[:, shared])
     return _linear(p, "attention.o", torch.cat(outputs, -1))
 
 
-def _rotated(x_BHTW: Tensor, theta: float) -> Tensor:
-    """As complex numbers: pair e of position t turns by t · theta^(−2e/W)."""
+def _rotated(x_BHTW: Tensor, config: ModelConfig) -> Tensor:
+    """As complex numbers: pair e of position t turns by t · theta^(−2e/W), or slower where positions are scaled."""
     tokens, width = x_BHTW.shape[-2:]
     left, right = x_BHTW.chunk(2, -1)
-    frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    frequency = torch.tensor([_frequency(e, width, config) for e in range(width // 2)], dtype=torch.float64)
     angle = torch.arange(tokens, dtype=torch.float64)[:, None] * frequency
-    turned = torch.complex(left, right) * torch.polar(torch.ones_like(angle), angle)
+    radius = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling == "yarn" else 1.0
+    turned = torch.complex(left, right) * torch.polar(torch.full_like(angle, radius), angle)
     return torch.cat((turned.real, turned.imag), -1)
+
+
+def _frequency(e: int, width: int, config: ModelConfig) -> float:
+    """One at a time, in the words of the papers."""
+    theta, factor, original = config.rope_theta, config.rope_factor, config.rope_original_length or 0
+    frequency = theta ** (-2 * e / width)
+    wavelength = 2 * math.pi / frequency
+    if config.rope_scaling == "linear":
+        return frequency / factor
+    if config.rope_scaling == "llama3":
+        if wavelength < original / 4:
+            return frequency
+        if wavelength > original / 1:
+            return frequency / factor
+        smooth = (original / wavelength - 1) / (4 - 1)
+        return (1 - smooth) * frequency / factor + smooth * frequency
+    if config.rope_scaling == "yarn":
+        # YaRN's γ over pair numbers, its ends rounded outwards as in the authors' code.
+        low, high = (width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (32, 1))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+        ramp = min(max((e - low) / max(high - low, 1e-3), 0), 1)
+        return frequency / factor * ramp + frequency * (1 - ramp)
+    return frequency

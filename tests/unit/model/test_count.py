@@ -12,7 +12,7 @@ from gptscale.config.schema import ModelConfig
 from gptscale.model.count import flops_per_token, matmul_parameter_count, parameter_count
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
-from gptscale.model.shape import feedforward_width, padded_vocab
+from gptscale.model.shape import feedforward_width, head_width, padded_vocab
 from tests.helpers.matmul_count import count_matmuls
 from tests.helpers.plain_gpt import VARIANTS
 
@@ -49,10 +49,17 @@ def test_operations_are_those_that_run(variant: str) -> None:
     ran = count_matmuls(lambda: model(ids[:, :-1], ids[:, 1:]).backward())
     assert ran.dense == 6 * matmul_parameter_count(config, vocab) * batch * tokens
     # Attention's own products are the batched ones, seven a layer: six that count and one that makes scores again.
-    # A single block holds all queries here, so that T×T is computed of which causality uses (T + 1) / 2T.
-    assert ran.batched == 7 * 2 * config.layers * config.width * tokens * tokens * batch
-    useful = ran.batched * 6 / 7 * (tokens + 1) / (2 * tokens)
-    assert flops_per_token(config, vocab, tokens) * batch * tokens == ran.dense + useful
+    # A single block holds all queries here, so that T×T is computed, of which causality and windows use a part.
+    width = config.heads * head_width(config)
+    assert ran.batched == 7 * 2 * config.layers * width * tokens * tokens * batch
+    seen = 0
+    for layer in range(config.layers):
+        windowed = config.attention_pattern[layer % len(config.attention_pattern)] == "window"
+        reach = config.window if windowed and config.window else tokens
+        seen += sum(1 for query in range(tokens) for key in range(query + 1) if query - key < reach)
+    useful = ran.batched * 6 / 7 * seen / (config.layers * tokens * tokens)
+    # A whole number of operations a token, where the mean over tokens may be a fraction.
+    assert flops_per_token(config, vocab, tokens) == round((ran.dense + useful) / (batch * tokens))
 
 
 def test_derived_sizes() -> None:

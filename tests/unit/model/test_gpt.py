@@ -123,13 +123,13 @@ def test_the_sequence_is_what_forward_runs() -> None:
 def test_heads_are_counted_from_the_projections() -> None:
     # What a tensor-parallel rank does: it holds some of the heads, and its outputs add up with those of the others.
     torch.manual_seed(0)
-    whole = Attention(ROTARY, None)
+    whole = Attention(ROTARY, 0, None)
     for p in whole.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x_BTD = torch.randn(2, 9, 48)
     parts = []
     for rank in range(2):
-        part = Attention(ROTARY, None)
+        part = Attention(ROTARY, 0, None)
         for name in ("q", "k", "v"):
             half = getattr(whole, name).weight.chunk(2, 0)[rank]
             layer = Linear(48, len(half), bias=False)

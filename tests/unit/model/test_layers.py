@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptscale.config.schema import ModelConfig
 from gptscale.model.feedforward import _GatedSilu
 from gptscale.model.linear import Linear, linear
 from gptscale.model.norm import LayerNorm, RMSNorm
@@ -93,7 +94,7 @@ def test_norms_compute_statistics_in_fp32(norm: torch.nn.Module) -> None:
 
 def test_rotary_scores_depend_on_distance_alone() -> None:
     torch.manual_seed(0)
-    table = RotaryTable(16, 10_000.0, 64)
+    table = RotaryTable(ModelConfig(head_width=16), 64)
     q, k = torch.randn(16), torch.randn(16)
     turned_q, turned_k = (table.rotate(x.expand(1, 64, 1, 16))[0, :, 0] for x in (q, k))
     scores = turned_q @ turned_k.T
@@ -105,7 +106,7 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
 
 
 def test_rotary_gradients_positions_and_reach() -> None:
-    table = RotaryTable(8, 100.0, 16)
+    table = RotaryTable(ModelConfig(head_width=8, rope_theta=100.0), 16)
     x = drawn(2, 16, 3, 8)
     turned = table.rotate(x)
     # Linear, and its transpose turns back: gradient of ⟨turned, w⟩ is w turned the other way.
@@ -122,7 +123,7 @@ def test_rotary_gradients_positions_and_reach() -> None:
 
 
 def test_a_rotary_table_made_while_generating_serves_training() -> None:
-    table = RotaryTable(8, 100.0, 16)
+    table = RotaryTable(ModelConfig(head_width=8, rope_theta=100.0), 16)
     with torch.inference_mode():
         table.rotate(torch.randn(1, 4, 1, 8))
     table.rotate(drawn(1, 4, 1, 8)).sum().backward()
