@@ -47,10 +47,11 @@ def restore_newest(
             return checkpoint
         damaged += 1
     if damaged:
-        raise UserError(
+        refused = UserError(
             f"{folder}: none of its {damaged} checkpoints is whole, see the messages above\n"
             "restore one from a copy, or give the run another run.name to start afresh"
         )
+        stop_together(comm, refused, f"going on with {folder}")
     return None
 
 
@@ -64,7 +65,10 @@ def restore_from(
     """Fill every rank's pieces from this checkpoint, like `restore_newest`, but raise UserError if it is damaged."""
     checkpoint = _attempt(path, pieces, comm, report, check)
     if checkpoint is None:
-        raise UserError(f"{path}: is damaged, see the message above\nname another checkpoint or use run.resume=auto")
+        refused = UserError(
+            f"{path}: is damaged, see the message above\nname another checkpoint or use run.resume=auto"
+        )
+        stop_together(comm, refused, f"loading {path}")
     return checkpoint
 
 

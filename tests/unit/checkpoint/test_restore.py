@@ -137,6 +137,15 @@ def test_another_model_on_one_rank_stops_all(tmp_path: Path) -> None:
     assert "another model" in str(outcomes[1])
 
 
+def test_that_none_is_whole_is_told_once(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    flip(tmp_path / "step-00000001" / "rank-00000.safetensors")
+    wanted = [whole_pieces(empty_state(SHAPES)) for _ in range(2)]
+    outcomes = on_ranks(2, lambda comm: restore_newest(tmp_path, wanted[comm.rank], comm, lambda _: None))
+    assert [type(outcome) for outcome in outcomes] == [UserError, PeerFailedError]
+    assert "none of its 1 checkpoints is whole" in str(outcomes[0])
+
+
 def test_a_bug_on_one_rank_is_no_mistake_of_the_users_on_the_others(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
 
