@@ -19,7 +19,13 @@ from tests.helpers.plain_gpt import GPT3, ROTARY, large_weights
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,"
 LENGTH = 24
-CONFIGS = {"gpt3": GPT3, "rotary": ROTARY, "rotary_mqa": replace(ROTARY, kv_heads=1, tied_embeddings=True)}
+CONFIGS = {
+    "gpt3": GPT3,
+    "gpt3_banded": replace(GPT3, attention_pattern=("full", "window"), window=3),
+    "rotary": ROTARY,
+    "rotary_mqa": replace(ROTARY, kv_heads=1, tied_embeddings=True),
+    "rotary_windows": replace(ROTARY, attention_pattern=("window",), window=4, qk_norm=True, logit_softcap=5.0),
+}
 GREEDY = GenerateConfig(max_new_tokens=12, temperature=0.0)
 PROMPTS = ["hello", "a", "the quick brown fox jumps", "", "Zz,.0"]
 

@@ -11,12 +11,18 @@ from gptscale.model.blocked_attention import QUERY_BLOCK, blocked_attention
 from tests.helpers.memory import peak_bytes, saved_for_backward, storage_bytes
 
 
-def plain(q_BTHW: Tensor, k_BTKW: Tensor, v_BTKW: Tensor) -> Tensor:
+def plain(
+    q_BTHW: Tensor, k_BTKW: Tensor, v_BTKW: Tensor, window: int | None = None, starts_BT: Tensor | None = None
+) -> Tensor:
     q, k, v = (x.double().transpose(1, 2) for x in (q_BTHW, k_BTKW, v_BTKW))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    if window is not None:
+        hidden = hidden | torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-window)
+    if starts_BT is not None:
+        hidden = hidden | (torch.arange(scores.shape[-1]) < starts_BT.unsqueeze(-1)).unsqueeze(1)
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
 def random_qkv(
@@ -53,6 +59,46 @@ def test_values_and_gradients(kernel: str, shape: tuple[int, int, int, int, int]
     scale = max(g.abs().max().item() for g in right)
     for gradient, reference in zip(made, right, strict=True):
         assert (gradient - reference).abs().max().item() < 1e-5 * scale
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 40, 10_000])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("tokens", [20, 2 * QUERY_BLOCK + 57])
+def test_windows_and_documents(window: int | None, documents: bool, tokens: int) -> None:
+    q, k, v = random_qkv(3, tokens, 4, 2, 8)
+    starts_BT = document_starts(3, tokens) if documents else None
+    y = blocked_attention(q, k, v, window=window, starts_BT=starts_BT)
+    expected = plain(q, k, v, window, starts_BT)
+    weights = torch.randn_like(y)
+    assert (y - expected).abs().max().item() < 1e-5
+    made = torch.autograd.grad(y, (q, k, v), weights)
+    right = torch.autograd.grad(expected, (q, k, v), weights.double())
+    scale = max(g.abs().max().item() for g in right)
+    for gradient, reference in zip(made, right, strict=True):
+        assert (gradient - reference).abs().max().item() < 1e-5 * scale
+    # Controls: a wrong bound shows, where it is shorter than the documents are.
+    if window is not None and window < (30 if documents else tokens):
+        assert (y - plain(q, k, v, window + 1, starts_BT)).abs().max().item() > 1e-2
+    if documents and window != 1:
+        assert (y - plain(q, k, v, window)).abs().max().item() > 1e-2
+
+
+def document_starts(batch: int, tokens: int) -> Tensor:
+    """Rows with documents of 1 to 60 tokens, for each token the position where its own begins."""
+    generator = torch.Generator().manual_seed(1)
+    first_BT = torch.rand(batch, tokens, generator=generator) < 0.05
+    first_BT[:, 0] = True
+    return torch.where(first_BT, torch.arange(tokens), 0).cummax(1).values
+
+
+def test_dropout_within_a_window() -> None:
+    q, k, v = random_qkv(1, 6, 2, 1, 4, torch.float64)
+
+    def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.manual_seed(11)
+        return blocked_attention(q, k, v, 0.3, window=3, starts_BT=torch.tensor([[0, 0, 0, 0, 4, 4]]))
+
+    assert torch.autograd.gradcheck(dropped, (q, k, v))
 
 
 @pytest.mark.parametrize("kernel", ["blocked", "sdpa"])
@@ -98,18 +144,21 @@ def test_choice_of_kernel() -> None:
     assert used(torch.bfloat16, 257, 0.0) == "sdpa"
 
 
-@pytest.mark.parametrize(("kernel", "dropout"), [("blocked", 0.0), ("auto", 0.1), ("auto", 0.0)])
-def test_memory_grows_with_tokens_and_not_with_their_square(kernel: str, dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "dropout", "window"),
+    [("blocked", 0.0, None), ("auto", 0.1, None), ("auto", 0.0, None), ("auto", 0.0, 100)],
+)
+def test_memory_grows_with_tokens_and_not_with_their_square(kernel: str, dropout: float, window: int | None) -> None:
     heads, width, short, long = 4, 16, 256, 1024
     saved, peaks = {}, {}
     for tokens in (short, long):
         q, k, v = random_qkv(1, tokens, heads, heads, width)
 
         def step(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
-            attend(q, k, v, dropout, kernel).sum().backward()  # type: ignore[arg-type]
+            attend(q, k, v, dropout, kernel, window).sum().backward()  # type: ignore[arg-type]
 
         saved[tokens] = storage_bytes(
-            saved_for_backward(lambda q=q, k=k, v=v: attend(q, k, v, dropout, kernel))  # type: ignore[misc]
+            saved_for_backward(lambda q=q, k=k, v=v: attend(q, k, v, dropout, kernel, window))  # type: ignore[misc]
         )
         peaks[tokens] = peak_bytes(step)
     one_square_bytes = heads * long * long * 4

@@ -43,6 +43,26 @@ def test_equals_the_whole_loss(chunk: int, vocab: int) -> None:
     assert vocab == 48 or made[1][vocab:].abs().max() == 0
 
 
+@pytest.mark.parametrize("chunk", [16, 1000])
+@pytest.mark.parametrize(("softcap", "z_loss"), [(5.0, 0.0), (0.0, 0.1), (5.0, 0.1)])
+def test_soft_cap_and_z_loss(chunk: int, softcap: float, z_loss: float) -> None:
+    hidden, weight, targets = case()
+    loss = chunked_cross_entropy(hidden, weight, targets, 37, chunk, softcap, z_loss)
+    logits = hidden.double() @ weight[:37].double().T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    cross_entropy = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED_TARGET)
+    denominators = logits.logsumexp(1)[targets != IGNORED_TARGET]
+    made = torch.autograd.grad(loss * 0.3, (hidden, weight))
+    right = torch.autograd.grad((cross_entropy + z_loss * denominators.square().sum()) * 0.3, (hidden, weight))
+    plain = torch.autograd.grad(whole(hidden, weight, targets, 37) * 0.3, (hidden, weight))
+    assert loss.item() == pytest.approx(cross_entropy.item(), rel=1e-6), "without the auxiliary term"
+    for gradient, reference, control in zip(made, right, plain, strict=True):
+        assert (gradient - reference).abs().max().item() < 2e-6 * reference.abs().max().item()
+        assert (gradient - control).abs().max().item() > 0.05 * reference.abs().max().item()
+    assert made[1][37:].abs().max() == 0
+
+
 def test_extreme_logits_stay_exact() -> None:
     hidden, weight, targets = case()
     for scale in (1e-4, 300.0, 1e15):
