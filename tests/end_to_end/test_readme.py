@@ -124,17 +124,23 @@ def test_help_lists_every_key(outcomes: dict[str, Outcome]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def conf_with_the_pages_experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`conf/` as it is once somebody has written down the experiment that the page shows."""
+def conf_with_the_pages_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`conf/` as it is once somebody has written down the files that the page shows."""
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(REPOSITORY / "conf", folder / "conf")
-    (shown,) = readme.blocks("yaml")
-    path = re.match(r"# @package _global_\n# (conf/experiment/\w+\.yaml)\n", shown)
-    assert path, "the block's second line names its file"
-    (folder / path[1]).write_text(shown)
+    for shown in readme.blocks("yaml"):
+        path = re.match(r"(?:# @package _global_\n)?# (conf/\w+/\w+\.yaml)\n", shown)
+        assert path, "the first line names the file, or the second after the package"
+        (folder / path[1]).write_text(shown)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compose_module, "conf_folder", lambda: folder / "conf")
         yield
+
+
+def test_the_pages_model_composes() -> None:
+    settings = compose("train", TrainRoot, ["model=mine", "train.steps=1"]).settings
+    check(settings, 1)
+    assert settings.model.attention_pattern == ("full", "window")
 
 
 @pytest.mark.parametrize("command", [command for command in readme.commands() if readme.started(command)])

@@ -72,8 +72,8 @@ CASES = {
     ),
 }
 
-# Measured: logits differ by up to 3e-6 of the largest, gradients by up to 8e-6 of their tensor's largest value: both sides
-# compute in fp32 and round in another order. Other machines round otherwise. The wrong models are off by 0.1 and more.
+# Measured: logits differ by up to 3e-6 of the largest, gradients by up to 8e-6 of their tensor's largest value: both
+# sides compute in fp32 and round in another order. The wrong models are off by 0.1 and more.
 LOGITS, GRADIENTS = 1e-4, 1e-4
 
 
