@@ -8,7 +8,7 @@ Shape legend: B sequences of a micro-batch, T tokens of a sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 IGNORED_TARGET = -100
 """A target that carries no loss (the value `torch.nn.functional.cross_entropy` ignores by default)."""
 
-StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
-"""What a piece holds: the fp32 weight, or Adam's first or second moment of it."""
+StateKind = str
+"""What a piece holds: `weight`, the fp32 weight, or a state that an optimizer keeps of it, e.g. Adam's `exp_avg`."""
 
 
 @dataclass(frozen=True)

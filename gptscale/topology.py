@@ -61,20 +61,29 @@ class Topology:
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How one global batch is cut: `data` ranks × `accumulation` micro-batches × `micro_batch` sequences."""
+    """How one global batch is cut: `data` ranks × `per_rank` sequences, in micro-batches of `micro_batch`."""
 
     data: int
-    accumulation: int
+    per_rank: int
     micro_batch: int
 
     @property
     def global_batch(self) -> int:
-        return self.data * self.accumulation * self.micro_batch
+        return self.data * self.per_rank
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a rank; the last may be smaller."""
+        return -(-self.per_rank // self.micro_batch)
 
     def rows(self, data_rank: int) -> range:
         """Offsets within the global batch that this data rank feeds, in order."""
-        per_rank = self.accumulation * self.micro_batch
-        return range(data_rank * per_rank, (data_rank + 1) * per_rank)
+        return range(data_rank * self.per_rank, (data_rank + 1) * self.per_rank)
+
+    def of(self, global_batch: int) -> BatchSplit:
+        """Another batch, a multiple of `data`, over the same ranks in micro-batches no larger."""
+        assert global_batch % self.data == 0
+        return BatchSplit(self.data, global_batch // self.data, self.micro_batch)
 
 
 def split_batch(global_batch: int, micro_batch: int, data: int) -> BatchSplit:
@@ -86,4 +95,4 @@ def split_batch(global_batch: int, micro_batch: int, data: int) -> BatchSplit:
             f"train.global_batch={global_batch} is no multiple of train.micro_batch={micro_batch} × {data} data ranks\n"
             f"use train.global_batch={fitting} or {fitting + per_round}, or another train.micro_batch"
         )
-    return BatchSplit(data=data, accumulation=global_batch // per_round, micro_batch=micro_batch)
+    return BatchSplit(data=data, per_rank=global_batch // data, micro_batch=micro_batch)

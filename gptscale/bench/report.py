@@ -12,8 +12,8 @@ from gptscale.bench.environment import Environment
 from gptscale.bench.rounds import Samples
 from gptscale.bench.summary import Peak, Row, Spread
 from gptscale.config.build import plain
-from gptscale.config.rules import tokens_per_step
 from gptscale.config.schema import BenchConfig, TrainRoot
+from gptscale.config.step_plan import tokens_per_step
 from gptscale.model.count import flops_per_token, parameter_count
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import xxhash
 
@@ -24,7 +24,6 @@ VERSION = 1
 CHUNK_BYTES = 16 * 2**20
 """Unit of checksums: small enough to read only what a rank needs, large enough to keep manifests short."""
 FLOAT_BYTES = 4
-KINDS: tuple[StateKind, ...] = get_args(StateKind)
 
 
 _END = b"\n}"
@@ -199,7 +198,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
 
 def _parse_parameter(name: str, content: Mapping[str, Any], files: Mapping[str, StoredFile]) -> StoredParameter:
     shape = tuple(map(int, content["shape"]))
-    pieces = {kind: tuple(parse_piece(piece, shape) for piece in content[kind]) for kind in KINDS if kind in content}
+    pieces = {kind: tuple(parse_piece(piece, shape) for piece in content[kind]) for kind in content if kind != "shape"}
     for kind, stored in pieces.items():
         if fault := find_fault_in_cover(shape, [piece.span for piece in stored]):
             raise ValueError(f"{kind} of {name}: {fault}")

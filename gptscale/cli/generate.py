@@ -11,6 +11,7 @@ from pathlib import Path
 from gptscale.config.compose import compose
 from gptscale.config.schema import GenerateRoot
 from gptscale.runtime.errors import EXIT_DONE, UserError
+from gptscale.runtime.registry import load_plugins
 
 
 def help_text() -> str:
@@ -28,6 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     settings = compose("generate", GenerateRoot, arguments).settings
     if not settings.source:
         raise UserError("source is not set\nname a run folder or a checkpoint, e.g. source=runs/tiny")
+    load_plugins(settings.plugins)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 

@@ -23,6 +23,8 @@ def settings_help(verb: str, says: str, schema: type[Any], example: str) -> str:
 
 
 def _lines(key: str, value: Any) -> list[str]:
+    if value == {}:
+        return [f"  {key}.…=  (of your own part)"]
     if isinstance(value, dict):
         return [line for name, item in value.items() for line in _lines(f"{key}.{name}", item)]
     return [f"  {key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from gptscale.config.compose import compose
 from gptscale.config.schema import PrepareRoot
 from gptscale.runtime.errors import EXIT_DONE, UserError
+from gptscale.runtime.registry import load_plugins
 
 
 def help_text() -> str:
@@ -25,6 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     settings = compose("prepare", PrepareRoot, arguments).settings
     if settings.target == "":
         raise UserError("target is empty\ngive a folder that is to be made, or leave it out")
+    load_plugins(settings.plugins)
     from gptscale.cli.progress import prepare_progress
     from gptscale.data.prepare import ensure_prepared, prepare
 

@@ -57,6 +57,19 @@ def flat_keys(schema: type[Any], key: str = "") -> list[str]:
     return keys
 
 
+def option_keys(schema: type[Any], key: str = "") -> list[str]:
+    """Dotted keys of the groups whose settings nobody knows but the author of a part of their own."""
+    hints = typing.get_type_hints(schema)
+    found: list[str] = []
+    for field in dataclasses.fields(schema):
+        hint, name = hints[field.name], _join(key, field.name)
+        if get_origin(hint) is dict:
+            found.append(name)
+        elif dataclasses.is_dataclass(hint):
+            found += option_keys(typing.cast(type[Any], hint), name)
+    return found
+
+
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Two lines for a name nobody knows: the near one where there is one, else its neighbours."""
     known = list(known)
@@ -84,6 +97,8 @@ def _plain(value: Any) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return dict(value)
     return value
 
 
@@ -102,6 +117,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(get_args(hint), value, key)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key} must be a group of settings, not {value!r}\nset its keys one by one: {key}.…=…")
+        return {str(name): _convert_option(item, _join(key, str(name))) for name, item in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{key} must be a list, not {value!r}\nwrite it as {key}=[…,…]")
@@ -117,6 +136,12 @@ def _convert_union(members: tuple[Any, ...], value: Any, key: str) -> Any:
     lists = [member for member in members if get_origin(member) is tuple]
     chosen = lists[0] if lists and isinstance(value, (list, tuple)) else members[0]
     return _convert(chosen, value, key)
+
+
+def _convert_option(value: Any, key: str) -> Any:
+    if not isinstance(value, (bool, int, float, str, type(None))):
+        raise UserError(f"{key} must be one value, not {value!r}\nset it to a number, text, true, false or null")
+    return value
 
 
 def _convert_scalar(hint: Any, value: Any, key: str) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from gptscale.config.build import build, defaults, flat_keys, plain, unknown_key
+from gptscale.config.build import build, defaults, flat_keys, option_keys, plain, unknown_key
 from gptscale.config.secrets import hide_environment
 from gptscale.runtime.errors import UserError
 
@@ -57,6 +57,9 @@ def compose(verb: str, schema: type[T], overrides: Sequence[str]) -> Composed[T]
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
     _check_overrides(schema, overrides)
+    # An option of a user's own part is new to Hydra: `++` adds it, or sets it where a file has it already.
+    own = tuple(f"{key}." for key in option_keys(schema))
+    overrides = [f"++{text}" if text.startswith(own) else text for text in overrides]
     ConfigStore.instance().store(name="schema", node=defaults(schema))
     GlobalHydra.instance().clear()
     try:
@@ -99,6 +102,7 @@ def _check_overrides(schema: type[Any], overrides: Sequence[str]) -> None:
 
     groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
     keys = flat_keys(schema)
+    own = tuple(f"{key}." for key in option_keys(schema))
     parser = OverridesParser.create()
     for text in overrides:
         if text.startswith("-"):
@@ -124,7 +128,7 @@ def _check_overrides(schema: type[Any], overrides: Sequence[str]) -> None:
                 raise UserError(f"there is no {key}={value}\n{fix}")
         elif key in groups and not isinstance(value, dict):
             raise UserError(f"'{text}' names more than one {key}\ngive one: {key}={group_options(key)[0]}")
-        elif key not in keys and key not in groups and not _inside_list(key, keys):
+        elif key not in keys and key not in groups and not _inside_list(key, keys) and not key.startswith(own):
             raise UserError(unknown_key(key, [*keys, *groups]))
 
 

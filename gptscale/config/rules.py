@@ -24,9 +24,11 @@ def check(settings: TrainRoot, world_size: int) -> BatchSplit:
             tensor=settings.parallel.tensor,
             expert=settings.parallel.expert,
         )
-        return split_batch(settings.train.global_batch, settings.train.micro_batch, topology.data)
+        split = split_batch(settings.train.global_batch, settings.train.micro_batch, topology.data)
     except ValueError as error:
         raise UserError(str(error)) from error
+    _check_ramps(settings, topology.data)
+    return split
 
 
 def check_model(model: ModelConfig) -> None:
@@ -108,18 +110,6 @@ def check_local_launch(settings: TrainRoot) -> None:
         )
 
 
-def run_steps(settings: TrainRoot) -> int:
-    """Length of the run in optimizer steps; tokens are rounded up to whole steps."""
-    if settings.train.steps is not None:
-        return settings.train.steps
-    assert settings.train.tokens is not None
-    return -(-settings.train.tokens // tokens_per_step(settings))
-
-
-def tokens_per_step(settings: TrainRoot) -> int:
-    return settings.train.global_batch * settings.data.sequence_length
-
-
 def _check_ranges(settings: TrainRoot) -> None:
     _at_least("train.global_batch", settings.train.global_batch, 1)
     _at_least("train.micro_batch", settings.train.micro_batch, 1)
@@ -132,7 +122,10 @@ def _check_ranges(settings: TrainRoot) -> None:
     _at_least("guard.max_skipped_steps", settings.guard.max_skipped_steps, 1)
     _at_least("logging.print_every_steps", settings.logging.print_every_steps, 1)
     _at_least("schedule.warmup_tokens", settings.schedule.warmup_tokens, 0)
-    _at_least("schedule.final_ratio", settings.schedule.final_ratio, 0)
+    for name in ("final_ratio", "cooldown_ratio"):
+        ratio = getattr(settings.schedule, name)
+        if not 0 <= ratio <= 1:
+            raise UserError(f"schedule.{name}={ratio} is not a share\nuse a value from 0 to 1, e.g. 0.1")
     _at_least("optimizer.clip_norm", settings.optimizer.clip_norm, 0)
     _at_least("optimizer.weight_decay", settings.optimizer.weight_decay, 0)
     _at_least("optimizer.epsilon", settings.optimizer.epsilon, 0)
@@ -155,6 +148,45 @@ def _check_length(settings: TrainRoot) -> None:
     _at_least("train.steps" if steps is not None else "train.tokens", steps if steps is not None else tokens or 0, 1)
     if settings.schedule.total_steps is not None:
         _at_least("schedule.total_steps", settings.schedule.total_steps, 1)
+        if settings.schedule.decay_tokens is not None:
+            raise UserError(
+                "schedule.total_steps and schedule.decay_tokens both say where the schedule ends\n"
+                "set one of them to null"
+            )
+    if settings.schedule.decay_tokens is not None:
+        _at_least("schedule.decay_tokens", settings.schedule.decay_tokens, 1)
+
+
+def _check_ramps(settings: TrainRoot, data_ranks: int) -> None:
+    train = settings.train
+    for start, over, example in (("ramp_from", "ramp_tokens", "4e9"), ("length_from", "length_tokens", "1e9")):
+        if getattr(train, start) is not None:
+            _at_least(f"train.{start}", getattr(train, start), 1)
+        if getattr(train, over) is not None:
+            _at_least(f"train.{over}", getattr(train, over), 1)
+        if (getattr(train, start) is None) != (getattr(train, over) is None):
+            missing, there = (over, start) if getattr(train, over) is None else (start, over)
+            value = example if missing == over else "16"
+            raise UserError(f"train.{there} is set, train.{missing} is not\nset it too, e.g. train.{missing}={value}")
+    if train.ramp_from is not None:
+        if train.global_batch % train.ramp_from:
+            raise UserError(
+                f"train.ramp_from={train.ramp_from} does not divide train.global_batch={train.global_batch}\n"
+                f"use train.ramp_from={_nearest_divisor(train.global_batch, train.ramp_from)}"
+            )
+        if train.ramp_from % data_ranks:
+            raise UserError(
+                f"train.ramp_from={train.ramp_from} sequences cannot be shared evenly by {data_ranks} data ranks\n"
+                f"use a multiple of {data_ranks} that divides train.global_batch={train.global_batch}"
+            )
+    shortest, length = train.length_from, settings.data.sequence_length
+    if shortest is not None:
+        halves = [length >> n for n in range(length.bit_length()) if length % (1 << n) == 0]
+        if shortest not in halves:
+            raise UserError(
+                f"train.length_from={shortest} does not double up to data.sequence_length={length}\n"
+                f"use train.length_from={min(halves, key=lambda half: (abs(half - shortest), half))}"
+            )
 
 
 def _check_engine(settings: TrainRoot, world_size: int) -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+Option = bool | int | float | str | None
+"""What a setting of a user's own part may be."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -24,6 +27,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    block: str = "gpt"
+    """What a layer is: `gpt`, or one of your own."""
+    block_options: dict[str, Option] = field(default_factory=dict)
+    """Settings of a block of your own."""
     layers: int = 4
     width: int = 128
     heads: int = 4
@@ -85,7 +92,8 @@ class SourceConfig:
 
     path: str = ""
     """A file, a folder, a glob, a Hugging Face dataset (`format=huggingface`), or unused (`stdlib`, `debian`)."""
-    format: Literal["auto", "jsonl", "parquet", "text", "files", "huggingface", "stdlib", "debian"] = "auto"
+    format: str = "auto"
+    """`auto`, `jsonl`, `parquet`, `text`, `files`, `huggingface`, `stdlib`, `debian`, or one of your own."""
     weight: float = 1.0
     text_key: str = "text"
     """The field that holds the text (jsonl, parquet, huggingface)."""
@@ -155,6 +163,8 @@ class OptimizerConfig:
     """Applied to matrices only: no decay on norms, biases and position tables."""
     clip_norm: float = 1.0
     """0 turns clipping off."""
+    options: dict[str, Option] = field(default_factory=dict)
+    """Settings of an optimizer of your own."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +176,12 @@ class ScheduleConfig:
     """Learning rate at the end, as a share of the peak."""
     total_steps: int | None = None
     """Where the schedule ends. Default: the run's own length."""
+    decay_tokens: int | None = None
+    """Where the schedule ends, in tokens, in place of `total_steps`."""
+    cooldown_ratio: float = 0.2
+    """wsd only: the share of all tokens, at the end, over which the rate falls."""
+    options: dict[str, Option] = field(default_factory=dict)
+    """Settings of a schedule of your own."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,14 @@ class TrainConfig:
     """Sequences an optimizer step."""
     micro_batch: int = 4
     """Sequences a rank holds in memory at once."""
+    ramp_from: int | None = None
+    """Sequences of the first steps, where the batch is to grow; must divide `global_batch`."""
+    ramp_tokens: int | None = None
+    """Tokens over which the batch grows from `ramp_from` to `global_batch`."""
+    length_from: int | None = None
+    """Length of the first sequences, where it is to double up to `data.sequence_length`."""
+    length_tokens: int | None = None
+    """Tokens over which sequences grow. Rows of `data.sequence_length` are cut: a step has as many tokens as ever."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +277,8 @@ class TrainRoot:
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    plugins: tuple[str, ...] = ()
+    """Modules (`package.module` or `path/to/file.py`) that register parts of your own."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +297,8 @@ class GenerateRoot:
     """A run folder or a checkpoint."""
     prompt: str | tuple[str, ...] = ""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    plugins: tuple[str, ...] = ()
+    """Modules that register a block of your own. Never taken from the checkpoint: loading it must not run its code."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 import xxhash
 
 from gptscale.config.schema import CorpusConfig
+from gptscale.config.step_plan import StepPlan
 from gptscale.data.corpus import Corpus, open_split
 from gptscale.data.order import ALGORITHM, Ints, Located, SampleOrder
 from gptscale.data.rows import RowReader
@@ -134,14 +135,15 @@ class StepData:
 class StepFeed(Iterator[StepData]):
     """Steps without end from position `start`, made ready by one thread a few steps ahead.
 
-    Step n takes positions [start + n·G, start + (n+1)·G) with G = split.global_batch, and this rank
-    `split.rows(data_rank)` of them. An error in the thread is raised by `next`. Close it, or use it as a context.
+    A step takes the next positions, as many as `plan` says, and this rank `split.of(…).rows(data_rank)` of them. An
+    error in the thread is raised by `next`. Close it, or use it as a context.
     """
 
-    def __init__(self, stream: TrainingStream, split: BatchSplit, data_rank: int, start: int) -> None:
+    def __init__(self, stream: TrainingStream, plan: StepPlan, split: BatchSplit, data_rank: int, start: int) -> None:
         self._stream = stream
+        self._plan = plan
         self._split = split
-        self._rows = split.rows(data_rank)
+        self._data_rank = data_rank
         self._pin = torch.cuda.is_available()
         self._ready: queue.Queue[tuple[int, list[Batch], int] | BaseException] = queue.Queue(_STEPS_AHEAD)
         self._stop = threading.Event()
@@ -181,20 +183,23 @@ class StepFeed(Iterator[StepData]):
         try:
             while not self._stop.is_set():
                 self._ready.put(self._step(start))
-                start += self._split.global_batch
+                start += self._plan.batch(start)
         except BaseException as error:
             self._ready.put(error)
 
     def _step(self, start: int) -> tuple[int, list[Batch], int]:
-        positions = np.arange(start + self._rows.start, start + self._rows.stop, dtype=np.int64)
+        split = self._split.of(self._plan.batch(start))
+        rows = split.rows(self._data_rank)
+        positions = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
         rows_NT = self._stream.rows(positions)
-        size = self._split.micro_batch
-        microbatches = [self._batch(rows_NT[first : first + size]) for first in range(0, len(rows_NT), size)]
+        size, length = split.micro_batch, self._plan.length(start)
+        microbatches = [self._batch(rows_NT[first : first + size], length) for first in range(0, len(rows_NT), size)]
         return start, microbatches, sample_hash(positions, rows_NT)
 
-    def _batch(self, rows_BT: npt.NDArray[Any]) -> Batch:
-        inputs_BT = torch.from_numpy(rows_BT[:, :-1].astype(np.int64))
-        targets_BT = torch.from_numpy(rows_BT[:, 1:].astype(np.int64))
+    def _batch(self, rows_BT: npt.NDArray[Any], length: int) -> Batch:
+        """Rows as sequences of `length` tokens: each row as it is, or cut into several."""
+        inputs_BT = torch.from_numpy(rows_BT[:, :-1].astype(np.int64).reshape(-1, length))
+        targets_BT = torch.from_numpy(rows_BT[:, 1:].astype(np.int64).reshape(-1, length))
         if self._pin:
             inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
         return Batch(inputs_BT, targets_BT, loss_tokens=targets_BT.numel())

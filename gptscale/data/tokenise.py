@@ -20,6 +20,7 @@ import xxhash
 
 from gptscale.data.shards import END_DTYPE, Split, token_dtype
 from gptscale.data.sources import Document, Part, read_part
+from gptscale.runtime.registry import load_plugins
 from gptscale.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 1 << 20
@@ -159,8 +160,11 @@ def _tokenizer(path: Path, sha256: str) -> Tokenizer:
 _stop: Event | None = None
 
 
-def start_worker(stop: Event) -> None:
-    """Initialise a worker process: it obeys `stop` between batches, and ends with its parent, however that died."""
+def start_worker(stop: Event, plugins: tuple[str, ...]) -> None:
+    """Initialise a worker process: it obeys `stop` between batches, and ends with its parent, however that died.
+
+    `plugins` register the sources that this process may be asked to read.
+    """
     global _stop
     _stop = stop
     os.environ["USE_TORCH"] = "0"  # or `datasets` imports torch, for tensors that nobody here wants
@@ -172,3 +176,4 @@ def start_worker(stop: Event) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True, name="end with parent").start()
+    load_plugins(plugins)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from gptscale.data.sources import Part
 from gptscale.data.tokenise import Recipe, Tokenised, start_worker, tokenise_part
 from gptscale.runtime.errors import UserError
+from gptscale.runtime.registry import loaded_plugins
 
 _INLINE_BYTES = 1 << 20
 _AHEAD = 2
@@ -32,7 +33,7 @@ def tokenise_all(parts: Sequence[Part], recipe: Recipe, workers: int) -> Generat
         return
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(stop,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(stop, loaded_plugins()))
     waiting: deque[tuple[int, Future[Tokenised]]] = deque()
     try:
         for number, part in enumerate(parts):

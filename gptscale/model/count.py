@@ -7,7 +7,11 @@ from gptscale.model.shape import feedforward_width, head_width, kv_heads, padded
 
 
 def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
-    """Trainable numbers of `GPT(config, vocab_size, sequence_length, …)`: vocabulary padding counts, ties once."""
+    """Trainable numbers of `GPT(config, vocab_size, sequence_length, …)`: vocabulary padding counts, ties once.
+
+    Of our own block: what one of a user's holds, only it knows (`model.block`).
+    """
+    assert config.block == "gpt"
     table = padded_vocab(vocab_size, config.vocab_multiple) * config.width
     tables = table if config.tied_embeddings else 2 * table
     positions = sequence_length * config.width if config.positions == "learned" else 0
@@ -42,6 +46,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) 
     attention is counted causally: token t sees t of the T keys, or the last of them within a window, so the mean is
     (T + 1) / 2 or less in place of T. Recomputed activations are not counted: this measures useful work.
     """
+    assert config.block == "gpt"
     seen = sum(_keys_seen(window_of_layer(config, layer), sequence_length) for layer in range(config.layers))
     attention = round(12 * config.heads * head_width(config) * seen / sequence_length)
     return 6 * matmul_parameter_count(config, vocab_size) + attention

@@ -22,6 +22,7 @@ from gptscale.model.loss import chunked_cross_entropy, soft_cap
 from gptscale.model.norm import build_norm
 from gptscale.model.positions import RotaryTable
 from gptscale.model.shape import padded_vocab
+from gptscale.runtime.registry import Registry
 
 
 class Cache(Protocol):
@@ -80,6 +81,13 @@ class Block(nn.Module):
         return F.dropout(x_BTD, self.dropout) if self.training and self.dropout else x_BTD
 
 
+BuildBlock = Callable[[ModelConfig, int, RotaryTable | None], nn.Module]
+"""Settings, number of the layer, table of rotations (with `positions=rope`) → a module called as `Block` is."""
+
+BLOCKS: Registry[BuildBlock] = Registry("model.block", "gptscale.blocks")
+BLOCKS.register("gpt")(Block)
+
+
 class Head(nn.Module):
     """Final norm, projection onto the vocabulary, and the loss. `tied` is the embedding's own parameter, if it is."""
 
@@ -134,7 +142,9 @@ class GPT(nn.Module):
         rope = config.positions == "rope"
         self.rotary = RotaryTable(config, sequence_length) if rope else None
         self.embedding = Embedding(config, vocab_size, sequence_length, compute_dtype)
-        self.blocks = nn.ModuleList(Block(config, layer, self.rotary) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(
+            BLOCKS.get(config.block)(config, layer, self.rotary) for layer in range(config.layers)
+        )
         self.head = Head(config, vocab_size, self.embedding.weight if config.tied_embeddings else None)
 
     def sequence(self) -> list[tuple[str, nn.Module]]:
@@ -174,10 +184,9 @@ class GPT(nn.Module):
 
     def use_attention(self, kernel: AttentionKernel) -> None:
         """Sets the attention kernel of every block (`gptscale.model.attention.attend` says what `auto` takes)."""
-        for block in self.blocks:
-            attention = block.get_submodule("attention")
-            assert isinstance(attention, Attention)
-            attention.kernel = kernel
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.kernel = kernel
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
         # Leaving the meta device makes new parameters one by one, which would untie the two.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from gptscale.flow import Batch, Piece, StateKind, StepResult
-from gptscale.parallel.adam_state import adam_updates, ensure_adam_state, set_adam_step
+from gptscale.flow import Batch, Piece, StepResult
 from gptscale.parallel.gradients import clipped_step, gradient_norm
+from gptscale.parallel.optimizer_state import kinds_by_parameter, set_step, stored, updates_of
 
 
 class PlainEngine:
@@ -17,6 +17,7 @@ class PlainEngine:
         self._optimizer = optimizer
         self._clip_norm = clip_norm
         self._parameters = dict(model.named_parameters())
+        self._kinds = kinds_by_parameter(optimizer)
         self._device = next(iter(self._parameters.values())).device
 
     def train_step(self, microbatches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -46,22 +47,19 @@ class PlainEngine:
     def pieces(self) -> list[Piece]:
         found: list[Piece] = []
         for name, parameter in self._parameters.items():
-            state = ensure_adam_state(self._optimizer, parameter)
-            views: dict[StateKind, torch.Tensor] = {
-                "weight": parameter.data,
-                "exp_avg": state["exp_avg"],
-                "exp_avg_sq": state["exp_avg_sq"],
-            }
-            shape = tuple(parameter.shape)
-            found += [Piece(name, kind, shape, 0, values.view(-1)) for kind, values in views.items()]
+            shape, kinds = tuple(parameter.shape), self._kinds[id(parameter)]
+            found += [
+                Piece(name, kind, shape, 0, values.view(-1))
+                for kind, values in stored(self._optimizer, parameter, kinds)
+            ]
         return found
 
     def updates(self) -> int:
-        return adam_updates(self._optimizer)
+        return updates_of(self._optimizer)
 
     def loaded(self, updates: int) -> None:
         for parameter in self._parameters.values():
-            set_adam_step(self._optimizer, parameter, updates)
+            set_step(self._optimizer, parameter, self._kinds[id(parameter)], updates)
 
 
 def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

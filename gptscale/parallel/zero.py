@@ -10,10 +10,10 @@ import torch
 
 from gptscale.config.schema import TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
-from gptscale.parallel.adam_state import adam_updates
 from gptscale.parallel.deepspeed_config import zero_config
 from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.gradients import average_gradients, clip_in_kernel, gradient_norm
+from gptscale.parallel.optimizer_state import updates_of
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.zero_state import sharded_state
@@ -55,12 +55,14 @@ class ZeroEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         loss = torch.zeros((), device=ranks.device)
-        for batch in microbatches:
+        for number, batch in enumerate(microbatches, start=1):
+            last = number == len(microbatches)
+            engine.set_gradient_accumulation_boundary(last)  # the batch may grow: DeepSpeed cannot count it
             share = engine(*on_device(batch, ranks.device)) / loss_tokens
             loss += share.detach()
             # DeepSpeed averages gradients over ranks; shares of a global mean have to be summed.
             engine.backward(share * ranks.size, scale_wrt_gas=False)
-            if engine.is_gradient_accumulation_boundary():
+            if last:
                 norm = self._finish()
             else:
                 engine.step()
@@ -98,8 +100,7 @@ class ZeroEngine:
         return self._state.pieces()
 
     def updates(self) -> int:
-        return adam_updates(self._optimizer if self._stage == 0 else self._optimizer.optimizer)
+        return updates_of(self._optimizer if self._stage == 0 else self._optimizer.optimizer)
 
     def loaded(self, updates: int) -> None:
         self._state.refresh(updates)
-        self._engine.micro_steps = 0  # a multiple of the accumulation: the next micro-batch opens a step

@@ -1,4 +1,4 @@
-"""Where DeepSpeed 0.19 keeps each parameter's fp32 weight and Adam moments under ZeRO, and how to refresh the rest.
+"""Where DeepSpeed 0.19 keeps each parameter's fp32 weight and optimizer state under ZeRO, and how to refresh the rest.
 
 The attributes used here are private to DeepSpeed, which is why its version is pinned and why a test saves, loads and
 saves again on every stage and compares bit by bit.
@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 from gptscale.flow import Piece, StateKind
-from gptscale.parallel.adam_state import ensure_adam_state, set_adam_step
+from gptscale.parallel.optimizer_state import kinds_by_parameter, kinds_of, set_step, stored
 
 
 class ShardedState(Protocol):
@@ -22,7 +22,7 @@ class ShardedState(Protocol):
     def pieces(self) -> list[Piece]: ...
 
     def refresh(self, updates: int) -> None:
-        """After a load: set Adam's step and bring the masters into every rank's model."""
+        """After a load: set the optimizer's step and bring the masters into every rank's model."""
         ...
 
 
@@ -39,6 +39,7 @@ class Replicated:
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int) -> None:
         self._parameters = dict(model.named_parameters())
+        self._kinds = kinds_by_parameter(optimizer)
         self._optimizer = optimizer
         self._rank = rank
         self._size = size
@@ -46,11 +47,10 @@ class Replicated:
     def pieces(self) -> list[Piece]:
         found: list[Piece] = []
         for name, parameter in self._parameters.items():
-            state = ensure_adam_state(self._optimizer, parameter)
             bounds = [parameter.numel() * part // self._size for part in range(self._size + 1)]
             for part in range(self._size):
                 start, end = bounds[part], bounds[part + 1]
-                for kind, values in _kinds(parameter.data, state):
+                for kind, values in stored(self._optimizer, parameter, self._kinds[id(parameter)]):
                     share = values.view(-1)[start:end]
                     if start < end:
                         found.append(Piece(name, kind, tuple(parameter.shape), start, share, writes=part == self._rank))
@@ -58,7 +58,7 @@ class Replicated:
 
     def refresh(self, updates: int) -> None:
         for parameter in self._parameters.values():
-            set_adam_step(self._optimizer, parameter, updates)
+            set_step(self._optimizer, parameter, self._kinds[id(parameter)], updates)
 
 
 class FlatPartitions:
@@ -72,21 +72,21 @@ class FlatPartitions:
         zero = self._zero
         found: list[Piece] = []
         for group, flat in enumerate(zero.single_partition_of_fp32_groups):
-            state = ensure_adam_state(zero.optimizer, flat)
+            kinds = kinds_of(zero.optimizer.param_groups[group])
             low = torch.distributed.get_rank(zero.real_dp_process_group[group]) * flat.numel()
             members = zip(zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group], strict=True)
             for parameter, offset in members:
                 start = max(offset, low)
                 end = min(offset + parameter.numel(), low + flat.numel())
                 if start < end:
-                    for kind, values in _kinds(flat.data, state):
+                    for kind, values in stored(zero.optimizer, flat, kinds):
                         name, shape = self._names[id(parameter)], tuple(parameter.shape)
                         found.append(Piece(name, kind, shape, start - offset, values[start - low : end - low]))
         return found
 
     def refresh(self, updates: int) -> None:
-        for flat in self._zero.single_partition_of_fp32_groups:
-            set_adam_step(self._zero.optimizer, flat, updates)
+        for group, flat in enumerate(self._zero.single_partition_of_fp32_groups):
+            set_step(self._zero.optimizer, flat, kinds_of(self._zero.optimizer.param_groups[group]), updates)
         self._zero.overflow = False
         self._zero.update_lp_params()  # a rank's own range shares the masters' storage; the others' are gathered
 
@@ -107,26 +107,22 @@ class PartitionedParameters:
             for parameter in sub_group:
                 index, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
                 flat = zero.fp32_partitioned_groups_flat[index]
-                state = ensure_adam_state(zero.optimizer, flat)
                 start = zero._get_param_partition_rank(parameter) * padded
                 count = min(start + padded, parameter.ds_numel) - start
                 if count > 0:
-                    for kind, values in _kinds(flat.data, state):
+                    for kind, values in stored(zero.optimizer, flat, self._kinds(index)):
                         name, shape = self._names[id(parameter)], tuple(parameter.ds_shape)
                         yield Piece(name, kind, shape, start, values[offset : offset + count])
 
     def refresh(self, updates: int) -> None:
         zero = self._zero
         zero.checkpoint_event_prologue()
-        for flat in zero.fp32_partitioned_groups_flat:
-            set_adam_step(zero.optimizer, flat, updates)
+        for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            set_step(zero.optimizer, flat, self._kinds(index), updates)
         zero.overflow = False
         for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         zero.checkpoint_event_epilogue()
 
-
-def _kinds(weight: torch.Tensor, state: dict[str, Any]) -> Iterator[tuple[StateKind, torch.Tensor]]:
-    yield "weight", weight
-    yield "exp_avg", state["exp_avg"]
-    yield "exp_avg_sq", state["exp_avg_sq"]
+    def _kinds(self, sub_group: int) -> tuple[StateKind, ...]:
+        return kinds_of(self._zero.optimizer.param_groups[self._zero.sub_group_to_group_id[sub_group]])

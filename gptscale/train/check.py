@@ -8,6 +8,7 @@ from gptscale.checkpoint.folder import CHECKPOINTS, MANIFEST, list_checkpoints
 from gptscale.config.rules import check
 from gptscale.config.schema import TrainRoot
 from gptscale.runtime.errors import UserError
+from gptscale.runtime.registry import load_plugins
 from gptscale.topology import BatchSplit
 from gptscale.train.optimizer import check_optimizer
 from gptscale.train.resume import has_gone_on
@@ -16,6 +17,7 @@ from gptscale.train.schedule import check_schedule
 
 def check_run(settings: TrainRoot, world_size: int) -> BatchSplit:
     """Rules between settings, and names that code has registered; returns how the global batch is cut."""
+    load_plugins(settings.plugins)
     split = check(settings, world_size)
     check_optimizer(settings.optimizer)
     check_schedule(settings.schedule)

@@ -11,8 +11,8 @@ import torch
 
 from gptscale.checkpoint.agreement import all_or_none
 from gptscale.config.compose import Composed
-from gptscale.config.rules import run_steps, tokens_per_step
 from gptscale.config.schema import TrainRoot
+from gptscale.config.step_plan import StepPlan, run_steps, schedule_tokens, step_plan
 from gptscale.data.stream import StepData, StepFeed
 from gptscale.evaluate.heldout import heldout_loss
 from gptscale.parallel.engine import Engine, build_engine
@@ -47,7 +47,9 @@ class Session:
     progress: Progress
     watcher: Watcher
     guard: Guard
+    plan: StepPlan
     total_steps: int
+    schedule_tokens: int
 
     @property
     def settings(self) -> TrainRoot:
@@ -78,6 +80,7 @@ def train_in(
     settings = composed.settings
     corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks), "opening the data")
     model = build_model(settings, corpora.vocab_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, build_optimizer(model, settings.optimizer), settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)
     total_steps = run_steps(settings)
@@ -99,9 +102,11 @@ def train_in(
         corpora=corpora,
         engine=engine,
         progress=progress,
-        watcher=Watcher(composed, folder, corpora, progress, ranks),
+        watcher=Watcher(composed, folder, corpora, progress, ranks, parameters),
         guard=Guard(settings.guard, progress.skipped_in_a_row),
+        plan=step_plan(settings),
         total_steps=total_steps,
+        schedule_tokens=schedule_tokens(settings),
     )
     try:
         run_to_end(session, stop)
@@ -111,7 +116,8 @@ def train_in(
 
 def run_to_end(session: Session, stop: StopRequest) -> None:
     settings, total_steps = session.settings, session.total_steps
-    with StepFeed(session.corpora.stream, session.split, session.ranks.rank, session.progress.position.samples) as feed:
+    start = session.progress.position.samples
+    with StepFeed(session.corpora.stream, session.plan, session.split, session.ranks.rank, start) as feed:
         while session.progress.step < total_steps:
             stopping = one_step(session, feed, stop)
             step = session.progress.step
@@ -132,15 +138,15 @@ def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> b
     settings, progress, ranks = session.settings, session.progress, session.ranks
     started_s = time.perf_counter()
     data = next(feed)
-    tokens = tokens_per_step(settings)
-    schedule_tokens = (settings.schedule.total_steps or session.total_steps) * tokens
-    rate = learning_rate(progress.tokens + tokens, settings.schedule, settings.optimizer.learning_rate, schedule_tokens)
+    samples = session.plan.batch(progress.position.samples)
+    after = progress.tokens + samples * session.plan.sequence_length
+    rate = learning_rate(after, settings.schedule, settings.optimizer.learning_rate, session.schedule_tokens)
     # Dropout is a function of seed, step and rank, so a resumed run needs no generator's state.
     torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.rank))
     result = session.engine.train_step(data.microbatches, rate)
     sample_hash, stopping = ranks.sum([data.sample_hash, int(stop.requested)])
     loss, grad_norm = float(result.loss), float(result.grad_norm)
-    progress = progress.advanced(session.split.global_batch, tokens, sample_hash)
+    progress = progress.advanced(samples, samples * session.plan.sequence_length, sample_hash)
     session.watcher.step(progress, loss, grad_norm, rate, time.perf_counter() - started_s, data.wait_s)
     session.guard.watch(progress.step, grad_norm)
     session.progress = replace(progress, skipped_in_a_row=session.guard.skipped_in_a_row)

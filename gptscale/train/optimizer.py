@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from gptscale.config.schema import OptimizerConfig
-from gptscale.runtime.errors import UserError
+from gptscale.runtime.registry import Registry
 
 if TYPE_CHECKING:  # names are checked before torch is imported
     import torch
     from torch import nn
 
 Group = dict[str, object]
+
+BuildOptimizer = Callable[["nn.Module", OptimizerConfig], "torch.optim.Optimizer"]
+"""Model and settings → optimizer over every parameter, each once."""
+
+OPTIMIZERS: Registry[BuildOptimizer] = Registry("optimizer.name", "gptscale.optimizers")
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Group]:
@@ -34,6 +38,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return [group for group in groups if group["params"]]
 
 
+@OPTIMIZERS.register("adamw")
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), the fused kernel: one pass over memory a step."""
     import torch
@@ -47,18 +52,11 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig], torch.optim.Optimizer]] = {"adamw": adamw}
-
-
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raises UserError, with the near name, for one that is not registered."""
-    if config.name not in OPTIMIZERS:
-        near = difflib.get_close_matches(config.name, OPTIMIZERS, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"there are: {', '.join(OPTIMIZERS)}"
-        raise UserError(f"optimizer.name={config.name} is not known\n{fix}")
+    OPTIMIZERS.get(config.name)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The registered optimizer of this name over all parameters of `model`."""
-    check_optimizer(config)
-    return OPTIMIZERS[config.name](model, config)
+    return OPTIMIZERS.get(config.name)(model, config)

@@ -24,6 +24,8 @@ MAY_CHANGE = (
     "train.steps",
     "train.tokens",
     "schedule.total_steps",
+    "schedule.decay_tokens",
+    "plugins",
     # Where the data lies and how it is read; what it is, is compared by its identity.
     "data.path",
     "data.corpora_dir",

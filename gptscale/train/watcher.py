@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from gptscale.config.compose import Composed
-from gptscale.config.rules import run_steps, tokens_per_step
 from gptscale.config.schema import TrainRoot
+from gptscale.config.step_plan import run_steps, step_plan, tokens_per_step
 from gptscale.evaluate.heldout import HeldoutLoss
-from gptscale.model.count import flops_per_token, parameter_count
+from gptscale.model.count import flops_per_token
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.hardware import peak_flops
 from gptscale.train.metrics import MetricsFile
@@ -30,8 +31,15 @@ class Watcher:
     """Records and shows a run. On other ranks than 0 every method does nothing."""
 
     def __init__(
-        self, composed: Composed[TrainRoot], folder: RunFolder, corpora: Corpora, progress: Progress, ranks: Ranks
+        self,
+        composed: Composed[TrainRoot],
+        folder: RunFolder,
+        corpora: Corpora,
+        progress: Progress,
+        ranks: Ranks,
+        parameters: int,
     ) -> None:
+        """`parameters` is how many numbers are trained."""
         self._speaks = ranks.rank == 0
         if not self._speaks:
             return
@@ -40,10 +48,13 @@ class Watcher:
         self._folder = folder
         self._corpora = corpora
         self._total_steps = run_steps(settings)
+        self._plan = step_plan(settings)
+        self._tokens = progress.tokens
         self._device = ranks.device
         self._ranks = ranks.size
-        self._parameters = parameter_count(settings.model, corpora.vocab_size, settings.data.sequence_length)
-        self._flops_per_token = flops_per_token(settings.model, corpora.vocab_size, settings.data.sequence_length)
+        self._parameters = parameters
+        own = settings.model.block == "gpt"  # of another block nobody but its author knows the operations
+        self._flops_per_token = lru_cache(partial(flops_per_token, settings.model, corpora.vocab_size)) if own else None
         peak = peak_flops(device_name(ranks.device), settings.precision.compute)
         self._peak_flops = None if peak is None else peak * ranks.size
         self._metrics = MetricsFile(folder.metrics, progress.step)
@@ -58,8 +69,12 @@ class Watcher:
     ) -> None:
         if not self._speaks:
             return
-        tokens_per_sec = tokens_per_step(self._settings) / step_time_s
-        flops = tokens_per_sec * self._flops_per_token
+        used = self._tokens // self._plan.sequence_length
+        tokens_per_sec = (progress.tokens - self._tokens) / step_time_s
+        self._tokens = progress.tokens
+        mfu = None
+        if self._flops_per_token is not None and self._peak_flops is not None:
+            mfu = tokens_per_sec * self._flops_per_token(self._plan.length(used)) / self._peak_flops
         values = {
             "step": progress.step,
             "tokens": progress.tokens,
@@ -67,7 +82,7 @@ class Watcher:
             "train/grad_norm": grad_norm,
             "train/lr": rate,
             "throughput/tokens_per_sec": tokens_per_sec,
-            "throughput/mfu": None if self._peak_flops is None else flops / self._peak_flops,
+            "throughput/mfu": mfu,
             "throughput/step_time_s": step_time_s,
             "throughput/data_wait_pct": 100.0 * wait_s / step_time_s,
             "data/sample_hash": f"{progress.sample_hash:016x}",
@@ -136,7 +151,9 @@ class Watcher:
         if baseline is not None:
             facts["bigram model, same tokens"] = f"{baseline:.4f} nats a token"
         facts["corpus"] = ", ".join(corpus.path for corpus in self._corpora.folders)
-        facts["operations a token"] = f"{self._flops_per_token:,} (forward and backward, attention counted causally)"
+        if self._flops_per_token is not None:
+            operations = self._flops_per_token(self._plan.sequence_length)
+            facts["operations a token"] = f"{operations:,} (forward and backward, attention counted causally)"
         config_yaml = (self._folder.path / "config.yaml").read_text(encoding="utf-8")
         with self._folder.explained():
             write_report(self._folder.report, self._folder.metrics, f"{settings.run.name}", facts, config_yaml)

@@ -15,10 +15,14 @@ from gptscale.data.sources.parquet import find_parquet, read_parquet
 from gptscale.data.sources.part import Document, Format, Part
 from gptscale.data.sources.stdlib import find_stdlib
 from gptscale.runtime.errors import UserError
+from gptscale.runtime.registry import Registry
 
-__all__ = ["FORMATS", "Document", "Part", "find_parts", "read_part"]
+__all__ = ["FORMATS", "Document", "Format", "Part", "find_parts", "read_part"]
 
-FORMATS: dict[str, Format] = {
+FORMATS: Registry[Format] = Registry("data.sources[…].format", "gptscale.sources")
+"""How each format of text is read. One of your own registers a `Format`."""
+
+for _name, _known in {
     "jsonl": Format(find_jsonl, read_jsonl),
     "parquet": Format(find_parquet, read_parquet),
     "text": Format(find_text, read_files),
@@ -26,20 +30,21 @@ FORMATS: dict[str, Format] = {
     "huggingface": Format(find_huggingface, read_huggingface),
     "stdlib": Format(find_stdlib, read_files),
     "debian": Format(find_debian, read_jsonl),
-}
+}.items():
+    FORMATS.register(_name)(_known)
 
 _BY_SUFFIX = {"jsonl": JSONL_SUFFIXES, "parquet": (".parquet",), "text": TEXT_SUFFIXES}
 
 
 def find_parts(source: SourceConfig, key: str) -> tuple[Part, ...]:
     """The parts of a source in their final order. `key` is what errors call the source, e.g. `data.sources[0]`."""
-    return FORMATS[_format(source, key)].find(source, key)
+    return FORMATS.get(_format(source, key), f"{key}.format").find(source, key)
 
 
 def read_part(part: Part) -> Iterator[Document]:
     """The documents of a part in order. Raises UserError naming the file and line of what cannot be read."""
     try:
-        yield from FORMATS[part.format].read(part)
+        yield from FORMATS.get(part.format).read(part)
     except (PermissionError, FileNotFoundError) as error:
         raise UserError(f"{error.filename}: {error.strerror}\nmake it readable, or leave it out") from error
 

@@ -9,8 +9,9 @@ import pytest
 
 from gptscale.config.build import plain
 from gptscale.config.compose import compose, conf_folder, group_options
-from gptscale.config.rules import check, run_steps, tokens_per_step
+from gptscale.config.rules import check
 from gptscale.config.schema import PrepareRoot, TrainRoot
+from gptscale.config.step_plan import run_steps, tokens_per_step
 from gptscale.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -97,6 +98,10 @@ def test_length_in_tokens_is_rounded_up_to_whole_steps() -> None:
     settings = composed("experiment=tiny", "train.steps=null", "train.tokens=1000")
     assert tokens_per_step(settings) == 512
     assert run_steps(settings) == 2
+    ramped = composed(
+        "experiment=tiny", "train.steps=null", "train.tokens=2048", "train.ramp_from=2", "train.ramp_tokens=512"
+    )
+    assert run_steps(ramped) == 6, "32 samples are 2+2+4+8+8+8"
 
 
 def test_checking_settings_imports_no_torch() -> None:

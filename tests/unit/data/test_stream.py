@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptscale.config.schema import CorpusConfig, DataConfig, SourceConfig, TokenizerConfig
+from gptscale.config.step_plan import StepPlan
 from gptscale.data.prepare import prepare
 from gptscale.data.rows import RowReader
 from gptscale.data.stream import StepFeed, TrainingStream, sample_hash
 from gptscale.runtime.errors import UserError
-from gptscale.topology import split_batch
+from gptscale.topology import BatchSplit, split_batch
 from tests.helpers.text import documents, write_jsonl
 
 LENGTH = 32
@@ -38,6 +40,11 @@ def second(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = DataConfig(sources=(SourceConfig(path=str(text)),), heldout_fraction=0.1)
     prepare(data, TokenizerConfig(path=str(prepared / "tokenizer.model")), folder / "corpus")
     return folder / "corpus"
+
+
+def feed_of(stream: TrainingStream, split: BatchSplit, rank: int, start: int) -> StepFeed:
+    """Steps that are all alike."""
+    return StepFeed(stream, StepPlan(split.global_batch, stream.sequence_length), split, rank, start)
 
 
 def all_rows(folder: Path, length: int = LENGTH) -> np.ndarray:
@@ -112,7 +119,7 @@ def test_any_number_of_ranks_reads_the_same_global_sequence(prepared: Path, worl
     stream = one(prepared, length=8)
     reference = stream.rows(np.arange(1000, 1000 + 3 * 840))
     split = split_batch(840, micro_batch=[35, 20, 7, 15, 12, 10, 5, 3][world - 1], data=world)
-    feeds = [StepFeed(one(prepared, length=8), split, rank, start=1000) for rank in range(world)]
+    feeds = [feed_of(one(prepared, length=8), split, rank, start=1000) for rank in range(world)]
     try:
         for step in range(3):
             steps = [next(feed) for feed in feeds]
@@ -136,9 +143,9 @@ def test_any_number_of_ranks_reads_the_same_global_sequence(prepared: Path, worl
 
 def test_a_feed_goes_on_from_any_position(prepared: Path) -> None:
     split = split_batch(12, 3, 2)
-    with StepFeed(one(prepared), split, 1, 0) as whole:
+    with feed_of(one(prepared), split, 1, 0) as whole:
         steps = [next(whole) for _ in range(10)]
-    with StepFeed(one(prepared), split, 1, 6 * 12) as later:
+    with feed_of(one(prepared), split, 1, 6 * 12) as later:
         for expected in steps[6:]:
             found = next(later)
             assert (found.start, found.sample_hash) == (expected.start, expected.sample_hash)
@@ -151,7 +158,7 @@ def test_the_feed_keeps_ahead_but_not_far(prepared: Path) -> None:
     stream = one(prepared)
     inner = stream.rows
     stream.rows = lambda positions: (read.append(int(positions[0])), inner(positions))[1]  # type: ignore[method-assign]
-    with StepFeed(stream, split_batch(8, 4, 1), 0, 0) as feed:
+    with feed_of(stream, split_batch(8, 4, 1), 0, 0) as feed:
         next(feed)
         time.sleep(0.3)
         assert 3 <= len(read) <= 8
@@ -165,7 +172,7 @@ def test_the_feed_keeps_ahead_but_not_far(prepared: Path) -> None:
 def test_an_error_in_the_thread_reaches_the_training_loop(prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared, tmp_path / "corpus")
     stream = one(tmp_path / "corpus")
-    with StepFeed(stream, split_batch(8, 4, 1), 0, 0) as feed:
+    with feed_of(stream, split_batch(8, 4, 1), 0, 0) as feed:
         next(feed)
         for path in (tmp_path / "corpus/train").glob("*.tok.npy"):
             os.truncate(path, 200)
@@ -178,7 +185,7 @@ def test_an_error_in_the_thread_reaches_the_training_loop(prepared: Path, tmp_pa
 
 def test_closing_ends_the_thread(prepared: Path) -> None:
     before = threading.active_count()
-    feed = StepFeed(one(prepared), split_batch(8, 4, 1), 0, 0)
+    feed = feed_of(one(prepared), split_batch(8, 4, 1), 0, 0)
     next(feed)
     feed.close()
     feed.close()
@@ -245,3 +252,32 @@ def test_open_files_are_bounded(prepared: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_growing_batch_of_growing_sequences_uses_the_same_samples(prepared: Path) -> None:
+    """The rows and their hash are those of the order, on any number of ranks; shorter sequences are their cuts."""
+    stream = one(prepared)
+    plan = StepPlan(8, LENGTH, ramp_from=2, ramp_samples=24, length_from=8, length_samples=40)
+    whole, halves = split_batch(8, 4, 1), split_batch(8, 2, 2)
+    seen, lengths, batches = [], [], []
+    feeds = [(whole, 0), (halves, 0), (halves, 1)]
+    with ExitStack() as opened:
+        alone, *both = [opened.enter_context(StepFeed(stream, plan, split, rank, 0)) for split, rank in feeds]
+        for _ in range(12):
+            step, parts = next(alone), [next(feed) for feed in both]
+            assert step.start == sum(batches)
+            batches.append(plan.batch(step.start))
+            inputs = torch.cat([batch.inputs_BT for batch in step.microbatches])
+            shared = torch.cat([batch.inputs_BT for part in parts for batch in part.microbatches])
+            assert torch.equal(inputs, shared)
+            assert step.sample_hash == sum(part.sample_hash for part in parts) % 2**64
+            lengths.append(inputs.shape[1])
+            seen.append(inputs.reshape(-1, LENGTH))
+            targets = torch.cat([batch.targets_BT for batch in step.microbatches]).reshape(-1, LENGTH)
+            assert torch.equal(targets[:, :-1], seen[-1][:, 1:]), "a cut loses no target"
+    assert batches[:3] == [2, 2, 2]
+    assert batches[-1] == 8
+    assert sorted(set(lengths)) == [8, 16, 32]
+    assert lengths == sorted(lengths)
+    expected = stream.rows(np.arange(sum(batches)))[:, :-1].astype(np.int64)
+    assert np.array_equal(torch.cat(seen).numpy(), expected)

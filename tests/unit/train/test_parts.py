@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gptscale.config.build import plain
-from gptscale.config.schema import GuardConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainRoot
+from gptscale.config.schema import GuardConfig, ModelConfig, OptimizerConfig, TrainRoot
 from gptscale.flow import Position
 from gptscale.model.gpt import GPT
 from gptscale.runtime.errors import DivergedError, UserError
@@ -22,17 +22,6 @@ from gptscale.train.optimizer import build_optimizer, parameter_groups
 from gptscale.train.progress import Progress
 from gptscale.train.report import chart, write_report
 from gptscale.train.resume import differences, refuse_differences
-from gptscale.train.schedule import check_schedule, learning_rate
-
-
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
-    config = ScheduleConfig(warmup_tokens=100, final_ratio=0.1)
-    rates = [learning_rate(tokens, config, 1.0, 1100) for tokens in (50, 100, 600, 1100, 5000)]
-    assert rates == pytest.approx([0.5, 1.0, 0.55, 0.1, 0.1])
-    # d/dx of the cosine at a quarter: 0.1 + 0.9 · (1 + cos(π/4)) / 2
-    assert learning_rate(350, config, 1.0, 1100) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
-    with pytest.raises(UserError, match="cosine"):
-        check_schedule(ScheduleConfig(name="cosin"))
 
 
 def test_parameter_groups_cover_everything_once_and_decay_matrices_only() -> None:

@@ -1,0 +1,58 @@
+"""An optimizer's state as a checkpoint needs it: there before the first step, and counting the same step everywhere.
+
+Which tensors an optimizer keeps of each parameter is said by its groups: `state_kinds`, Adam's two moments where they
+say nothing. All are of the parameter's shape and start at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from gptscale.flow import StateKind
+
+ADAM_KINDS: tuple[StateKind, ...] = ("exp_avg", "exp_avg_sq")
+
+
+def kinds_of(group: Mapping[str, Any]) -> tuple[StateKind, ...]:
+    """The state that an optimizer keeps of the members of one of its groups."""
+    return tuple(group.get("state_kinds", ADAM_KINDS))
+
+
+def kinds_by_parameter(optimizer: torch.optim.Optimizer) -> dict[int, tuple[StateKind, ...]]:
+    """The same for every tensor that it steps, by `id`."""
+    return {id(tensor): kinds_of(group) for group in optimizer.param_groups for tensor in group["params"]}
+
+
+def ensure_state(
+    optimizer: torch.optim.Optimizer, tensor: torch.Tensor, kinds: tuple[StateKind, ...]
+) -> dict[str, Any]:
+    """State of one optimized tensor, made as the optimizer would make it where the first step has not been taken."""
+    state: dict[str, Any] = optimizer.state[tensor]
+    if kinds and kinds[0] not in state:
+        # The fused kernel keeps its step count on the device of the tensor; AdamW makes it so, and fp32.
+        state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        for kind in kinds:
+            state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+    return state
+
+
+def stored(
+    optimizer: torch.optim.Optimizer, tensor: torch.Tensor, kinds: tuple[StateKind, ...]
+) -> Iterator[tuple[StateKind, torch.Tensor]]:
+    """The weight and its state, as tensors of the same shape."""
+    state = ensure_state(optimizer, tensor, kinds)
+    yield "weight", tensor.data
+    for kind in kinds:
+        yield kind, state[kind]
+
+
+def set_step(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, kinds: tuple[StateKind, ...], step: int) -> None:
+    ensure_state(optimizer, tensor, kinds)["step"].fill_(step)
+
+
+def updates_of(optimizer: torch.optim.Optimizer) -> int:
+    """Updates applied so far: the optimizer's own count, which skipped steps do not advance."""
+    return max((int(state["step"].item()) for state in optimizer.state.values() if "step" in state), default=0)
