@@ -49,6 +49,8 @@ class Cell:
     """Activation checkpointing of every block on the layout under test; the plain reference keeps its activations."""
     learning_rate: float = 1e-3
     clip_norm: float = 1.0
+    seed: int = 0
+    """Of the initial weights."""
 
 
 CELLS = (
@@ -105,10 +107,10 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.compute]
     model = GPT(root.model, VOCABULARY, LENGTH, compute)
     model.activation_checkpointing = "full" if cell.recompute and root.parallel.engine != "plain" else "none"
-    initialise(model, 0)
+    initialise(model, cell.seed)
     split = split_batch(GLOBAL_BATCH, root.train.micro_batch, ranks.size)
     engine = build_engine(model, build_optimizer(model, root.optimizer), root, split, ranks)
-    recorded: dict[str, npt.NDArray[Any]] = {}
+    recorded: dict[str, npt.NDArray[Any]] = {f"initial:{name}": x for name, x in gathered(engine, "weight").items()}
     losses, norms, heldout = [], [], []
     for step in range(STEPS):
         microbatches = batches(step, cell, split, ranks.rank)
