@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from gptscale.config.build import build, defaults, flat_keys, option_keys, plain, unknown_key
+from gptscale.config.depth import DERIVED_KEYS, SIZE_KEYS, derive
+from gptscale.config.schema import TrainRoot
 from gptscale.config.secrets import hide_environment
 from gptscale.runtime.errors import UserError
 
@@ -60,7 +62,7 @@ def compose(verb: str, schema: type[T], overrides: Sequence[str]) -> Composed[T]
     # An option of a user's own part is new to Hydra: `++` adds it, or sets it where a file has it already.
     own = tuple(f"{key}." for key in option_keys(schema))
     overrides = [f"++{text}" if text.startswith(own) else text for text in overrides]
-    ConfigStore.instance().store(name="schema", node=defaults(schema))
+    ConfigStore.instance().store(name="schema", node=_open_defaults(schema))
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3", job_name=verb):
@@ -71,14 +73,18 @@ def compose(verb: str, schema: type[T], overrides: Sequence[str]) -> Composed[T]
         del composed["hydra"]
         if OmegaConf.is_dict(composed.get("run")):
             name_run(composed.run, choices)
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        unset = _take_defaults(composed, schema)
+        settings = _build(schema, composed)
+        if isinstance(settings, TrainRoot) and settings.model.depth is not None:
+            refuse_two_sizes(settings.model.depth, choices)
+            for key, value in derive(settings, unset).items():
+                OmegaConf.update(composed, key, value)
+            settings = _build(schema, composed)
     except InterpolationResolutionError as error:
         what = _two_lines(error).splitlines()[0].rpartition("resolving interpolation: ")[2].strip('"')
         raise UserError(f"{error.full_key}: {what}\nset it, or write another value") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_two_lines(error)) from error
-    assert isinstance(values, dict)
-    settings = build(schema, {str(key): value for key, value in values.items()})
     return Composed(settings=settings, choices=choices, public=hide_environment(plain(settings), composed))
 
 
@@ -92,6 +98,51 @@ def name_run(run: Any, choices: dict[str, str]) -> None:
         run.name = chosen if chosen != "None" else "train"
     if run.dir is None:
         run.dir = "runs/${.name}"
+
+
+def refuse_two_sizes(depth: int, choices: dict[str, str]) -> None:
+    """Refuse `model.depth` beside a model option with a size of its own. Single keys that are set by hand may stay."""
+    from omegaconf import OmegaConf
+
+    option = OmegaConf.load(conf_folder() / "model" / f"{choices['model']}.yaml")
+    own = [key for key in SIZE_KEYS if key.partition(".")[2] in option]
+    if own:
+        raise UserError(
+            f"model.depth={depth} gives the model its size, but model={choices['model']} has its own ({own[0]})\n"
+            f"use model=depth model.depth={depth}, or leave model.depth out"
+        )
+
+
+def _open_defaults(schema: type[Any]) -> dict[str, Any]:
+    """The schema's defaults, but a mark where `model.depth` may decide: what keeps it, nobody has set."""
+    values = defaults(schema)
+    for key in DERIVED_KEYS:
+        group, _, name = key.partition(".")
+        if group in values and name in values[group]:
+            values[group][name] = "???"  # OmegaConf's "missing"
+    return values
+
+
+def _take_defaults(composed: Any, schema: type[Any]) -> set[str]:
+    """Put the schema's defaults where nobody set anything; returns the `DERIVED_KEYS` of which that is so."""
+    from omegaconf import OmegaConf
+
+    unset = set()
+    known = defaults(schema)
+    for key in DERIVED_KEYS:
+        group, _, name = key.partition(".")
+        if OmegaConf.is_dict(composed.get(group)) and OmegaConf.is_missing(composed[group], name):
+            composed[group][name] = known[group][name]
+            unset.add(key)
+    return unset
+
+
+def _build(schema: type[T], composed: Any) -> T:
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return build(schema, {str(key): value for key, value in values.items()})
 
 
 def _check_overrides(schema: type[Any], overrides: Sequence[str]) -> None:

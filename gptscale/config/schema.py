@@ -31,6 +31,9 @@ class ModelConfig:
     """What a layer is: `gpt`, or one of your own."""
     block_options: dict[str, Option] = field(default_factory=dict)
     """Settings of a block of your own."""
+    depth: int | None = None
+    """One dial for a family of models: layers, width, heads, batch, learning rate, warm-up and tokens follow from it
+    unless they are set (`gptscale.config.depth`). Goes with `model=depth`."""
     layers: int = 4
     width: int = 128
     heads: int = 4

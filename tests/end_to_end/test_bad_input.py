@@ -32,7 +32,9 @@ def refused(code: int, err: str, *words: str) -> None:
     ("arguments", "words"),
     [
         (["train", "model.layerz=2"], ["model.layerz", "model.layers"]),
-        (["train", "experiment=[tiny]"], ["more than one experiment", "experiment=first"]),
+        (["train", "experiment=[tiny]"], ["more than one experiment", "experiment=depth"]),
+        (["train", "model.depth=8"], ["model.depth=8", "model=tiny", "model=depth"]),
+        (["train", "experiment=gpt3-125m"], ["data.sources", "data.path"]),
         (["train", "--hepl"], ["--hepl", "--help"]),
         (["train", "experiment=tiny", "~model"], ["~model", "taken away"]),
         (["train", "experiment=tiny", "hydra.run.dir=x"], ["hydra.run.dir"]),

@@ -23,6 +23,7 @@ from gptscale.config.build import flat_keys
 from gptscale.config.compose import compose, group_options
 from gptscale.config.rules import check
 from gptscale.config.schema import GenerateRoot, PrepareRoot, TrainRoot
+from gptscale.model.count import parameter_count
 from gptscale.runtime import errors
 from gptscale.train.resume import MAY_CHANGE
 from tests.helpers import readme
@@ -219,7 +220,40 @@ def test_lists_are_those_of_the_code() -> None:
         errors.EXIT_INTERRUPTED,
     }
     assert named("What may change:", "Any other difference") == set(MAY_CHANGE)
-    assert named("Ready sizes are", ";") == {path.stem for path in (REPOSITORY / "conf/model").iterdir()}
+    in_tables = {row[0] for row in size_rows()}
+    assert in_tables | named("Beside them are", ":") == {path.stem for path in (REPOSITORY / "conf/model").iterdir()}
+
+
+def size_rows() -> list[list[str]]:
+    """The rows of the two tables of sizes: cells as text, the name first."""
+    rows = re.findall(r"^\| `((?:gpt3|modern)-\S+)` \| (.+) \|$", readme.TEXT, re.MULTILINE)
+    assert len(rows) == 19
+    return [[name, *(cell.strip().replace(",", "") for cell in cells.split("|"))] for name, cells in rows]
+
+
+@pytest.mark.parametrize("row", size_rows(), ids=lambda row: row[0])
+def test_tables_of_sizes_are_counted(row: list[str]) -> None:
+    name, layers, width, heads, *rest = row
+    model = compose("train", TrainRoot, [f"model={name}", "train.steps=1"]).settings.model
+    assert (model.layers, model.width) == (int(layers), int(width))
+    if name.startswith("gpt3-"):
+        parameters, _, batch, rate = rest
+        assert heads == str(model.heads)
+        vocab_size, tokens = 50257, "300000M"
+    else:
+        pieces, parameters, batch, rate, tokens = rest
+        assert heads == f"{model.heads} / {model.kv_heads or model.heads}"
+        vocab_size = int(pieces)
+    millions = parameter_count(model, vocab_size, 2048) / 1e6
+    assert parameters == (f"{millions:.1f}M" if millions < 100 else f"{millions:.0f}M")
+    assert bool(batch) == (name in group_options("experiment"))
+    if batch:
+        run = compose("train", TrainRoot, [f"experiment={name}"]).settings
+        assert run.tokenizer.vocab_size == vocab_size
+        sequences, _, length = batch.partition(" × ")
+        assert (run.train.global_batch, run.data.sequence_length) == (int(sequences), int(length or 2048))
+        assert run.optimizer.learning_rate == float(rate)
+        assert run.train.tokens == float(tokens.rstrip("M")) * 1e6
 
 
 def named(start: str, end: str) -> set[str]:

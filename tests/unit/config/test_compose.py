@@ -13,6 +13,7 @@ from gptscale.config.rules import check
 from gptscale.config.schema import PrepareRoot, TrainRoot
 from gptscale.config.step_plan import run_steps, tokens_per_step
 from gptscale.runtime.errors import UserError
+from tests.unit.config.accept_golden import agreed_experiments
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -21,7 +22,7 @@ def composed(*overrides: str) -> TrainRoot:
     return compose("train", TrainRoot, overrides).settings
 
 
-@pytest.mark.parametrize("experiment", group_options("experiment"))
+@pytest.mark.parametrize("experiment", agreed_experiments())
 def test_every_experiment_composes_to_what_was_agreed(experiment: str) -> None:
     """A changed default changes what people's commands do: it has to show in a diff of these files.
 
