@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gptscale.checkpoint.folder import CHECKPOINTS, MANIFEST, list_checkpoints
 from gptscale.config.rules import check
-from gptscale.config.schema import TrainRoot
+from gptscale.config.schema import DataConfig, TrainRoot
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.registry import load_plugins
 from gptscale.topology import BatchSplit
@@ -19,11 +19,21 @@ def check_run(settings: TrainRoot, world_size: int) -> BatchSplit:
     """Rules between settings, and names that code has registered; returns how the global batch is cut."""
     load_plugins(settings.plugins)
     split = check(settings, world_size)
+    check_text(settings.data)
     check_optimizer(settings.optimizer)
     check_schedule(settings.schedule)
     assert settings.run.dir is not None
     check_resume(settings.run.resume, Path(settings.run.dir))
     return split
+
+
+def check_text(data: DataConfig) -> None:
+    """An experiment for text of one's own (`data=own`) names none."""
+    if data.path is None and not data.sources:
+        raise UserError(
+            "data.path is not set, and data.sources names no text either: there is nothing to train on\n"
+            "name prepared text, e.g. data.path=corpora/mine (gptscale prepare makes it), or choose data=stdlib"
+        )
 
 
 def check_resume(resume: str, run_dir: Path) -> None:

@@ -13,6 +13,7 @@ from gptscale.config.schema import TrainRoot
 from gptscale.config.step_plan import tokens_per_step
 from gptscale.model.count import flops_per_token, parameter_count
 from gptscale.runtime.errors import UserError
+from gptscale.train.check import check_text
 
 # Brown et al. 2020, arXiv 2005.14165, table 2.1: layers, width, heads, features of a head, tokens a step in millions,
 # learning rate. 1.3b: the table has 24 heads, which do not fit its own width; 13b: a width of 5140, likewise.
@@ -82,13 +83,11 @@ def test_modern_runs_follow_the_rules_of_the_dial(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt3-125m", "modern-8b"])
 def test_text_of_ones_own_has_to_be_named(name: str) -> None:
-    from gptscale.data.prepare import ensure_prepared
-
-    settings = composed(f"experiment={name}")
-    with pytest.raises(UserError, match=r"data\.path") as refused:
-        ensure_prepared(settings.data, settings.tokenizer)
+    with pytest.raises(UserError, match=r"data\.path=corpora/mine") as refused:
+        check_text(composed(f"experiment={name}").data)
     assert len(str(refused.value).splitlines()) == 2
-    assert composed(f"experiment={name}", "data.path=corpora/mine").data.path == "corpora/mine"
+    check_text(composed(f"experiment={name}", "data.path=corpora/mine").data)
+    check_text(composed(f"experiment={name}", "data.sources=[{path: mine}]").data)
 
 
 def test_modern_shapes_are_made_of_whole_tiles() -> None:
