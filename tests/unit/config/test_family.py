@@ -57,9 +57,12 @@ def test_gpt3_is_as_published(name: str) -> None:
     assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
     assert (optimizer.clip_norm, optimizer.weight_decay) == (1.0, 0.1)
     assert (schedule.name, schedule.warmup_tokens, schedule.final_ratio) == ("cosine", 375e6, 0.1)
+    assert schedule.decay_tokens == 260e9
+    assert (settings.train.ramp_from or 0) * 2048 == pytest.approx(32e3, rel=0.05)
+    assert 4e9 <= (settings.train.ramp_tokens or 0) <= 12e9
     # Tokens a step are rounded to sequences that can be cut: 2^19 for half a million, and so on. 5 % covers it.
     assert tokens_per_step(settings) == pytest.approx(batch_millions * 1e6, rel=0.05)
-    for ranks in (1, 8, 32):
+    for ranks in (1, 8, 16):
         check(settings, ranks)
 
 
