@@ -8,7 +8,7 @@ Shape legend: B sequences of a micro-batch, T tokens of a sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,9 +56,15 @@ class Batch:
     loss_tokens: int
 
 
+class Duration(Protocol):
+    """Time between two marks on a device. Whoever reads it before the device has passed the second waits for that."""
+
+    def seconds(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports. Tensors stay on the device until somebody reads them."""
+    """What one optimizer step reports. Tensors and durations stay on the device until somebody reads them."""
 
     loss: Tensor
     """fp32 scalar: mean over the loss-bearing tokens of the global batch, before the update."""
@@ -66,6 +72,24 @@ class StepResult:
     """fp32 scalar: L2 norm over all parameters before clipping; not finite exactly when the update was skipped."""
     loss_tokens: int
     """Loss-bearing tokens of the global batch."""
+    forward_backward: Duration | None = None
+    """Of all micro-batches on this rank, with the reduction of gradients where it runs during backward (ZeRO-2, 3)."""
+    update: Duration | None = None
+    """The rest of the step: reduction, norm, clipping, optimizer, gathering weights."""
+    loss_scale: float | None = None
+    """What the loss was multiplied by before backward; None where nothing is scaled."""
+    noise_signal: Tensor | None = None
+    """fp32 scalar, where it was asked for: unbiased estimate of the squared norm of the true gradient."""
+    noise_trace: Tensor | None = None
+    """fp32 scalar, where it was asked for: unbiased estimate of the trace of a token's gradient covariance."""
+
+    @property
+    def forward_backward_s(self) -> float | None:
+        return None if self.forward_backward is None else self.forward_backward.seconds()
+
+    @property
+    def update_s(self) -> float | None:
+        return None if self.update is None else self.update.seconds()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from gptscale.model.gpt import GPT
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
 
-COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER = "tokenizer.model"
 
 

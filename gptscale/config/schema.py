@@ -151,8 +151,17 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    compute: Literal["fp32", "bf16"] = "fp32"
-    """Type of activations and matrix products. Weights, gradients and optimizer state are kept in fp32."""
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of activations and matrix products. Weights, gradients and optimizer state are kept in fp32. `fp16` is for
+    GPUs without bf16, and scales the loss."""
+    tf32: bool = False
+    """fp32 products on a GPU round their factors to 10 bits: several times as fast, and about as exact as fp16."""
+    loss_scale: float = 65536.0
+    """fp16 only: what the loss is multiplied by at first, so that small gradients do not vanish."""
+    loss_scale_window: int = 1000
+    """fp16 only: updates without an overflow after which the scale is doubled."""
+    loss_scale_hysteresis: int = 2
+    """fp16 only: the overflow, counted from the last doubling, at which the scale is first halved."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +213,9 @@ class TrainConfig:
     """Length of the first sequences, where it is to double up to `data.sequence_length`."""
     length_tokens: int | None = None
     """Tokens over which sequences grow. Rows of `data.sequence_length` are cut: a step has as many tokens as ever."""
+    noise_scale_every_steps: int = 0
+    """How often the gradient noise scale is measured: the batch, in tokens, beyond which more is of little use. 0 is
+    never. Needs two micro-batches a step, over all ranks together."""
 
 
 @dataclass(frozen=True)

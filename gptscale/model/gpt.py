@@ -101,7 +101,7 @@ class Head(nn.Module):
         rows = padded_vocab(vocab_size, config.vocab_multiple)
         self.weight = nn.Parameter(torch.empty(rows, config.width)) if tied is None else tied
 
-    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None = None, loss_gain: float | None = None) -> Tensor:
         """With targets: fp32 scalar, the sum of token losses (z-loss is in its gradient only).
 
         Without: fp32 logits [B, T, V] of the real vocabulary.
@@ -118,6 +118,7 @@ class Head(nn.Module):
             self.loss_chunk,
             softcap=self.softcap,
             z_loss=self.z_loss,
+            gain=loss_gain,
         )
 
 
@@ -152,8 +153,11 @@ class GPT(nn.Module):
         blocks = [(f"blocks.{i}", block) for i, block in enumerate(self.blocks)]
         return [("embedding", self.embedding), *blocks, ("head", self.head)]
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """fp32 scalar: sum of token losses over targets ≠ IGNORED_TARGET. The one entry of training and evaluation."""
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, loss_gain: float | None = None) -> Tensor:
+        """fp32 scalar: sum of token losses over targets ≠ IGNORED_TARGET. The one entry of training and evaluation.
+
+        `loss_gain` foretells the gradient that backward will bring, which fp16 needs (`chunked_cross_entropy`).
+        """
         (_, embedding), *blocks, (_, head) = self.sequence()
         x_BTD = embedding(inputs_BT)
         for _, block in blocks:
@@ -161,7 +165,7 @@ class GPT(nn.Module):
                 x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
             else:
                 x_BTD = block(x_BTD)
-        loss: Tensor = head(x_BTD, targets_BT)
+        loss: Tensor = head(x_BTD, targets_BT, loss_gain)
         return loss
 
     def logits(self, inputs_BT: Tensor, cache: Cache | None = None, last_B: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ def chunked_cross_entropy(
     chunk_tokens: int,
     softcap: float = 0.0,
     z_loss: float = 0.0,
+    gain: float | None = None,
 ) -> Tensor:
     """Sum over targets ≠ IGNORED_TARGET of −log softmax(hidden · weightᵀ)[target]; fp32 scalar.
 
@@ -34,10 +35,13 @@ def chunked_cross_entropy(
     The gradients of each chunk are computed while its logits are at hand, so a training step costs three matrix
     products and recomputes nothing; backward only scales them, and can therefore run once. Without gradients to
     compute (evaluation) there is one product.
+
+    `gain` foretells the gradient that backward will bring: the loss scale times the weight of a token. Gradients are
+    multiplied by it before they are rounded, so that in fp16 the small ones survive, as a loss scale means them to.
     """
     train = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, vocab_size, chunk_tokens, softcap, z_loss, train
+        hidden_ND, weight_VD, targets_N, vocab_size, chunk_tokens, softcap, z_loss, gain, train
     )
     return loss
 
@@ -58,6 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         softcap: float,
         z_loss: float,
+        gain: float | None,
         train: bool,
     ) -> Tensor:
         cast_weight_VD = weight_VD.to(hidden_ND.dtype)
@@ -97,6 +102,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if softcap:  # d cap · tanh(x / cap) / dx = 1 − tanh²; padding has no gradient to pass on
                 slope_CV = logits_CV[:, :vocab_size].div_(softcap).square_().neg_().add_(1)
                 p_CV[:, :vocab_size].mul_(slope_CV)
+            if gain is not None:
+                p_CV *= gain
             grad_CV = p_CV.to(hidden_CD.dtype)
             if grad_hidden_ND is not None:
                 torch.mm(grad_CV, cast_weight_VD, out=grad_hidden_ND[rows]).mul_(used_C1)
@@ -112,6 +119,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight_VD.copy_(grad_CV.t() @ used_CD)
 
         ctx.grads = (grad_hidden_ND, grad_weight_VD)
+        ctx.gain = 1.0 if gain is None else gain
         return loss
 
     @staticmethod
@@ -121,6 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 "the gradient of chunked_cross_entropy was scaled in place and can be asked for only once"
             )
         # In place: a second [V, D] would be the largest tensor of the step.
-        scaled = tuple(None if grad is None else grad.mul_(grads[0]) for grad in ctx.grads)
+        rest = grads[0] / ctx.gain  # 1 where the gain was foretold, to rounding
+        scaled = tuple(None if grad is None else grad.mul_(rest) for grad in ctx.grads)
         ctx.grads = None
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None

@@ -48,6 +48,7 @@ def zero_config(stage: int, split: BatchSplit, clip_norm: float, parameters: int
         "gradient_clipping": clip_norm if stage > 0 else 0.0,
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # would wait for the device in every micro-batch
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
     }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -16,11 +16,16 @@ from gptscale.topology import BatchSplit
 class Engine(Protocol):
     """A model, its optimizer state, and the way both are spread over ranks."""
 
-    def train_step(self, microbatches: Sequence[Batch], learning_rate: float) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Batch], learning_rate: float, measure_noise: bool = False
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches of a global batch. A collective.
 
         The loss is the mean over the loss-bearing tokens of the global batch, whatever their spread over micro-batches
-        and ranks. A step whose gradient is not finite changes nothing.
+        and ranks. A step whose gradient is not finite changes nothing. The host waits for the device in two cases only:
+        an optimizer without a fused kernel, and fp16, whose scale depends on the norm of the step before.
+
+        `measure_noise` adds the gradient noise of this step, which needs at least two micro-batches over all ranks.
         """
         ...
 
@@ -36,7 +41,11 @@ class Engine(Protocol):
         """Optimizer updates applied so far; skipped steps do not count."""
         ...
 
-    def loaded(self, updates: int) -> None:
+    def loss_scaling(self) -> dict[str, Any] | None:
+        """The loss scale and its counters, for a checkpoint: the same on every layout. None but with fp16."""
+        ...
+
+    def loaded(self, updates: int, loss_scaling: Mapping[str, Any] | None = None) -> None:
         """Call after the pieces were filled from a checkpoint: sets Adam's count, refreshes what is derived."""
         ...
 
@@ -49,7 +58,7 @@ def build_engine(
     if settings.parallel.engine == "plain":
         from gptscale.parallel.plain import PlainEngine
 
-        return PlainEngine(model, optimizer, settings.optimizer.clip_norm)
+        return PlainEngine(model, optimizer, settings)
     from gptscale.parallel.zero import ZeroEngine
 
     return ZeroEngine(model, optimizer, settings, split, ranks)

@@ -4,6 +4,7 @@ What DeepSpeed 0.19.8 does in a step beside backward, norm and AdamW, and what h
 
     flatten for the all-reduce, divide, copy back, flatten again → one `torch.cat`, reduced where it lies
     norms in fp64, of a converted copy of every gradient         → fp32 norms over views, as `clip_grad_norm_` has
+    wait for the norm, to know whether to skip the step          → the fused AdamW kernel skips by itself
     a pass that multiplies gradients by the clipping factor      → the fused AdamW kernel divides as it reads
     copy masters into the model                                  → both are the same storage, which also saves memory
     point every parameter at its place in the flat buffer        → they never leave it
@@ -22,17 +23,29 @@ from typing import Any
 import deepspeed.runtime.engine as engine_module
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
+from deepspeed.runtime.utils import all_gather_dp_groups, combine_grad_norm_groups
 from deepspeed.runtime.zero import stage3 as stage3_module
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
+from deepspeed.runtime.zero.stage_1_and_2 import (
+    INITIAL_MICRO_STEP_ID,
+    DeepSpeedZeroOptimizer,
+    GradPartitionBufferGroup,
+)
 from torch import Tensor
 
-from gptscale.parallel.gradients import clip_in_kernel, take_gradients
+from gptscale.parallel.gradients import hand_to_kernel, release_kernel, steps_in_kernel, take_gradients
 
 
 class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
     """Stages 1 and 2 over one flat buffer a group."""
+
+    shares = 1
+    """Ranks over which gradients are averaged that ought to be summed: set by the engine, for fp16."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What averaged gradients have to be divided by."""
+        return float(self.loss_scaler.cur_scale) / self.shares
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._stepping = False
@@ -85,28 +98,55 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
                 self._publish(group, self._partition_sums.pop(group) if empty is None else empty)
 
     def get_grad_norm_direct(self, gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
-        """L2 norm over all ranks; −1 where it is not finite, which is how DeepSpeed says so."""
+        """L2 norm over all ranks."""
         total = _sum_of_squares(gradients, self.device)
         if dist.get_world_size(group=self.dp_process_group) > 1:
             dist.all_reduce(total, group=self.dp_process_group)
-        norm = total.sqrt()
-        mask_nan_or_inf_with_val_inplace(norm, device=self.device)
-        return norm
+        return _masked_norm(total)
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
-        if self.loss_scale != 1.0 or not clip_in_kernel(self.optimizer, total_norm, self.clip_grad):
+        scale = self.loss_scale
+        if not hand_to_kernel(self.optimizer, total_norm / scale, self.clip_grad, scale):
             super().unscale_and_clip_grads(grad_groups_flat, total_norm)
 
     def _optimizer_step(self, group_no: int) -> None:
         super()._optimizer_step(group_no)
-        self.optimizer.grad_scale = None
+        release_kernel(self.optimizer)
+
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        """Left to the engine, which asks a step later."""
 
     def step(self, closure: Any = None) -> None:
         self._stepping = True
         try:
-            super().step(closure)
+            if steps_in_kernel(self.optimizer):
+                self._step_in_kernel()
+            else:
+                super().step(closure)
         finally:
             self._stepping = False
+
+    def _step_in_kernel(self) -> None:
+        """The stock step without the question whether the norm is finite, for which it waits: the kernel is told."""
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+        norm = self.scaled_global_norm()
+        self._global_grad_norm = norm / self.loss_scale
+        for group, master in enumerate(self.single_partition_of_fp32_groups):
+            self.free_grad_in_param_list(self.params_not_in_partition[group])
+            self.free_grad_in_param_list(self.params_in_partition[group])
+            master.grad = self._get_preflattened_grad_partition(group)
+            self._release_preflattened_grad_buffers(group)
+            self.averaged_gradients[group] = self.all_grad_tensors[group] = None
+            self.unscale_and_clip_grads([master.grad], norm)
+            self._optimizer_step(group)
+            master.grad = None
+        all_gather_dp_groups(
+            groups_flat=self.bit16_groups_flat,
+            partitioned_param_groups=self.parallel_partitioned_bit16_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
 
     def _update_model_bit16_weights(self, group_index: int) -> None:
         if not self._stepping:  # a step changes the storage in place, and the views made at construction stay valid
@@ -160,6 +200,14 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
     every module, which would find that out anew each time, are taken off.
     """
 
+    shares = 1
+    """Ranks over which gradients are averaged that ought to be summed: set by the engine, for fp16."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What averaged gradients have to be divided by."""
+        return float(self.loss_scaler.cur_scale) / self.shares
+
     def __init__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         self._alone = dist.get_world_size() == 1
         super().__init__(module, *args, **kwargs)
@@ -189,9 +237,7 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         total = _sum_of_squares(gradients, self.device)
         if dist.get_world_size(group=group) > 1:
             dist.all_reduce(total, group=group)
-        norm = total.sqrt()
-        mask_nan_or_inf_with_val_inplace(norm, device=self.device)
-        return norm
+        return _masked_norm(total)
 
     def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
         """Pieces of a sub-group that are neighbours in the flat gradient buffer are taken as one range, not copied."""
@@ -211,12 +257,35 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         self.averaged_gradients[sub_group_id] = None
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        if self.loss_scale != 1.0 or not clip_in_kernel(self.optimizer, total_norm, self.clip_grad):
+        scale = self.loss_scale
+        if not hand_to_kernel(self.optimizer, total_norm / scale, self.clip_grad, scale):
             super().unscale_and_clip_grads(sub_group_id, total_norm)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         super()._optimizer_step(sub_group_id)
-        self.optimizer.grad_scale = None
+        release_kernel(self.optimizer)
+
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        """Left to the engine, which asks a step later."""
+
+    def step(self, closure: Any = None) -> None:
+        if not steps_in_kernel(self.optimizer):
+            super().step(closure)
+            return
+        # As the stock step, without the question whether the norm is finite, for which it waits.
+        self._pre_step()
+        self._partition_all_parameters()
+        norm = combine_grad_norm_groups(self._get_norm_groups())
+        self._global_grad_norm = norm / self.loss_scale
+        self.zero_grad(set_to_none=True)
+        timers: set[str] = set()
+        for sub_group in range(len(self.fp16_groups)):
+            self._prepare_sub_group(sub_group, timers)
+            self.unscale_and_clip_grads(sub_group, norm)
+            self._optimizer_step(sub_group)
+            self._reassign_or_swap_out_partitioned_parameters(sub_group)
+            self._release_sub_group(sub_group, timers)
+        self._post_step(timers)
 
 
 @contextmanager
@@ -235,6 +304,12 @@ def flat_optimizers() -> Iterator[None]:
         engine_module.DeepSpeedZeroOptimizer = stock
         stage3_module.DeepSpeedZeroOptimizer_Stage3 = stock3
         engine_module.is_zero_supported_optimizer = supported
+
+
+def _masked_norm(squares: Tensor) -> Tensor:
+    """Their root; −1 where it is not finite, which is how DeepSpeed says so."""
+    norm = squares.sqrt()
+    return norm.masked_fill(~norm.isfinite(), -1.0)
 
 
 def _sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:

@@ -45,24 +45,48 @@ def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], norm: Tensor, limit: float) -> None:
-    """One step on gradients of this `norm`, scaled down to `limit` where it is above (0: never)."""
-    if limit > 0 and not clip_in_kernel(optimizer, norm, limit):
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    optimizer.step()
-    if limit > 0:
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+def prepare_update(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], norm: Tensor, limit: float, factor: float = 1.0
+) -> bool:
+    """Have the optimizer's next step divide gradients by `factor` and clip them, or change nothing.
 
-
-def clip_in_kernel(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> bool:
-    """Have the fused kernel divide gradients by what clipping asks for, where it can; False where it cannot.
-
-    The kernel divides by `grad_scale` as it reads, which is how a gradient scaler unscales: no pass of its own. The
-    factor is that of `torch.nn.utils.clip_grad_norm_`: limit / (norm + 1e-6), at most 1.
+    `norm` is that of the divided gradients. Nothing changes where it is not finite: a fused kernel skips by
+    itself. For an optimizer without one the device is asked, which waits; False then says that it must not step. Call
+    `release_kernel` after the step.
     """
-    if limit <= 0:
+    if hand_to_kernel(optimizer, norm, limit, factor):
         return True
-    if not all(group.get("fused") for group in optimizer.param_groups):
+    if not torch.isfinite(norm):
         return False
-    optimizer.grad_scale = torch.clamp((norm + 1e-6) / limit, min=1.0)  # type: ignore[attr-defined]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if factor != 1.0:
+        torch._foreach_div_(gradients, factor)
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return True
+
+
+def hand_to_kernel(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float, factor: float = 1.0) -> bool:
+    """Tell the fused kernel what to divide gradients by and whether to skip; False where there is none to be told.
+
+    This is how torch's own GradScaler does it: the kernel divides by `grad_scale` as it reads, which costs no pass of
+    its own, and where `found_inf` is 1 it changes neither weights nor state, its step count included. The factor of
+    clipping is that of `torch.nn.utils.clip_grad_norm_`: limit / (norm + 1e-6), at most 1.
+    """
+    if not steps_in_kernel(optimizer):
+        return False
+    divisor = torch.clamp((norm + 1e-6) / limit, min=1.0) * factor if limit > 0 else torch.full_like(norm, factor)
+    optimizer.grad_scale = divisor if limit > 0 or factor != 1.0 else None  # type: ignore[attr-defined]
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    return True
+
+
+def steps_in_kernel(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step` heeds `grad_scale` and `found_inf`: torch's fused optimizers say so, for its own GradScaler."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def release_kernel(optimizer: torch.optim.Optimizer) -> None:
+    """Take back what `hand_to_kernel` told: it holds for one step."""
+    if steps_in_kernel(optimizer):
+        optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]

@@ -2,41 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 
+from gptscale.config.schema import TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
-from gptscale.parallel.gradients import clipped_step, gradient_norm
+from gptscale.parallel.clock import Clock
+from gptscale.parallel.gradients import gradient_norm, prepare_update, release_kernel
+from gptscale.parallel.loss_scale import DynamicScale, LossScaler
+from gptscale.parallel.noise import NoiseProbe, noise_estimates
 from gptscale.parallel.optimizer_state import kinds_by_parameter, set_step, stored, updates_of
 
 
 class PlainEngine:
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: TrainRoot) -> None:
         self._model = model
         self._optimizer = optimizer
-        self._clip_norm = clip_norm
+        self._clip_norm = settings.optimizer.clip_norm
+        fp16 = settings.precision.compute == "fp16"
+        self._scaler = LossScaler(DynamicScale.of(settings.precision)) if fp16 else None
         self._parameters = dict(model.named_parameters())
         self._kinds = kinds_by_parameter(optimizer)
         self._device = next(iter(self._parameters.values())).device
 
-    def train_step(self, microbatches: Sequence[Batch], learning_rate: float) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Batch], learning_rate: float, measure_noise: bool = False
+    ) -> StepResult:
         if not self._model.training:  # it walks over all modules
             self._model.train()
-        loss_tokens = sum(batch.loss_tokens for batch in microbatches)
-        loss = torch.zeros((), device=self._device)
-        for batch in microbatches:
-            share = self._model(*on_device(batch, self._device)) / loss_tokens
-            share.backward()
-            loss += share.detach()
         parameters = list(self._parameters.values())
-        norm = gradient_norm(parameters)
-        if torch.isfinite(norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
-            clipped_step(self._optimizer, parameters, norm, self._clip_norm)
+        loss_tokens = sum(batch.loss_tokens for batch in microbatches)
+        loss_scale = 1.0 if self._scaler is None else self._scaler.scale()
+        clock = Clock(self._device)
+        loss = torch.zeros((), device=self._device)
+        with ExitStack() as stack:
+            probe = stack.enter_context(NoiseProbe(parameters, self._device)) if measure_noise else None
+            for batch in microbatches:
+                # fp16: what backward will bring to the loss has to be known where its gradient is rounded, in forward.
+                gain = {} if self._scaler is None else {"loss_gain": loss_scale / loss_tokens}
+                share = self._model(*on_device(batch, self._device), **gain) / loss_tokens
+                (share if self._scaler is None else share * loss_scale).backward()
+                loss += share.detach()
+        forward_backward = clock.lap()
+        norm = gradient_norm(parameters) / loss_scale
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if prepare_update(self._optimizer, parameters, norm, self._clip_norm, loss_scale):
+            self._optimizer.step()
+            release_kernel(self._optimizer)
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=norm, loss_tokens=loss_tokens)
+        if self._scaler is not None:
+            self._scaler.stepped(norm)
+        signal = trace = None
+        if probe is not None:
+            tokens_squared = sum(batch.loss_tokens**2 for batch in microbatches)
+            signal, trace = noise_estimates(probe.squares / loss_scale**2, norm, loss_tokens, tokens_squared)
+        return StepResult(
+            loss=loss,
+            grad_norm=norm,
+            loss_tokens=loss_tokens,
+            forward_backward=forward_backward,
+            update=clock.lap(),
+            loss_scale=None if self._scaler is None else loss_scale,
+            noise_signal=signal,
+            noise_trace=trace,
+        )
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> torch.Tensor:
@@ -57,7 +90,12 @@ class PlainEngine:
     def updates(self) -> int:
         return updates_of(self._optimizer)
 
-    def loaded(self, updates: int) -> None:
+    def loss_scaling(self) -> dict[str, Any] | None:
+        return None if self._scaler is None else self._scaler.to_json()
+
+    def loaded(self, updates: int, loss_scaling: Mapping[str, Any] | None = None) -> None:
+        if self._scaler is not None and loss_scaling is not None:
+            self._scaler.load(loss_scaling)
         for parameter in self._parameters.values():
             set_step(self._optimizer, parameter, self._kinds[id(parameter)], updates)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from gptscale.config.schema import TrainRoot
+from gptscale.config.schema import PrecisionConfig, TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
+from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import zero_config
 from gptscale.parallel.flat_zero import flat_optimizers
-from gptscale.parallel.gradients import average_gradients, clip_in_kernel, gradient_norm
+from gptscale.parallel.gradients import average_gradients, gradient_norm, prepare_update, release_kernel
+from gptscale.parallel.loss_scale import MIN_LOSS_SCALE, LossScaler
+from gptscale.parallel.noise import NoiseProbe, noise_estimates
 from gptscale.parallel.optimizer_state import updates_of
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Ranks
@@ -40,53 +45,93 @@ class ZeroEngine:
                 config=zero_config(self._stage, split, self._clip_norm, parameters),
                 dist_init_required=False,
             )
-        if self._stage == 0:
-            self._engine.enable_backward_allreduce = False  # `average_gradients` does it in fewer passes
+        if self._stage < 2:
+            self._engine.enable_backward_allreduce = False  # after the last backward, by `_finish`
         self._optimizer: Any = self._engine.optimizer
+        self._scaler: LossScaler | None = None
+        if settings.precision.compute == "fp16":
+            rule = deepspeed_scale(settings.precision)
+            self._scaler = LossScaler(rule)
+            if self._stage > 0:
+                self._optimizer.loss_scaler = rule
+                self._optimizer.dynamic_loss_scale = True
+                self._optimizer.shares = ranks.size
         self._model: torch.nn.Module = self._engine.module
         self._state = sharded_state(self._stage, self._model, self._optimizer, ranks.rank, ranks.size)
 
-    def train_step(self, microbatches: Sequence[Batch], learning_rate: float) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Batch], learning_rate: float, measure_noise: bool = False
+    ) -> StepResult:
         ranks, engine = self._ranks, self._engine
         if not self._model.training:  # it walks over all modules
             engine.train()
-        mine = sum(batch.loss_tokens for batch in microbatches)
-        loss_tokens = ranks.sum([mine])[0] if ranks.size > 1 else mine
+        sizes = [sum(batch.loss_tokens for batch in microbatches)]
+        if measure_noise:
+            sizes.append(sum(batch.loss_tokens**2 for batch in microbatches))
+        loss_tokens, *tokens_squared = ranks.sum(sizes) if ranks.size > 1 else sizes
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        loss_scale = 1.0 if self._scaler is None else self._scaler.scale()
+        # DeepSpeed averages gradients over ranks; shares of a global mean have to be summed. In fp16 that factor is left to
+        # the end, where gradients are fp32: within backward the scale alone decides what overflows, on any layout.
+        factor = ranks.size if self._scaler is None else loss_scale
+        clock = Clock(ranks.device)
         loss = torch.zeros((), device=ranks.device)
-        for number, batch in enumerate(microbatches, start=1):
-            last = number == len(microbatches)
-            engine.set_gradient_accumulation_boundary(last)  # the batch may grow: DeepSpeed cannot count it
-            share = engine(*on_device(batch, ranks.device)) / loss_tokens
-            loss += share.detach()
-            # DeepSpeed averages gradients over ranks; shares of a global mean have to be summed.
-            engine.backward(share * ranks.size, scale_wrt_gas=False)
-            if last:
-                norm = self._finish()
-            else:
-                engine.step()
-        return StepResult(loss=ranks.sum_tensor(loss), grad_norm=norm, loss_tokens=loss_tokens)
+        with ExitStack() as stack:
+            parameters = self._model.parameters()
+            probe = stack.enter_context(NoiseProbe(parameters, ranks.device)) if measure_noise else None
+            for number, batch in enumerate(microbatches, start=1):
+                engine.set_gradient_accumulation_boundary(number == len(microbatches))  # DeepSpeed cannot count a ramp
+                # fp16: what backward will bring to the loss has to be known where its gradient is rounded, in forward.
+                gain = {} if self._scaler is None else {"loss_gain": loss_scale / loss_tokens}
+                share = engine(*on_device(batch, ranks.device), **gain) / loss_tokens
+                loss += share.detach()
+                if self._scaler is None or self._stage == 0:  # else DeepSpeed applies its scale itself
+                    share = share * factor
+                engine.backward(share, scale_wrt_gas=False)
+                if number < len(microbatches):
+                    engine.step()
+        forward_backward = clock.lap()
+        norm = self._finish(factor / ranks.size)
+        if self._scaler is not None:
+            self._scaler.stepped(norm)
+        signal = trace = None
+        if probe is not None:
+            squares = ranks.sum_tensor(probe.squares) / factor**2
+            signal, trace = noise_estimates(squares, norm, loss_tokens, tokens_squared[0])
+        ranks.sum_tensor(loss)
+        return StepResult(
+            loss=loss,
+            grad_norm=norm,
+            loss_tokens=loss_tokens,
+            forward_backward=forward_backward,
+            update=clock.lap(),
+            loss_scale=None if self._scaler is None else loss_scale,
+            noise_signal=signal,
+            noise_trace=trace,
+        )
 
-    def _finish(self) -> torch.Tensor:
-        """The optimizer step at the end of accumulation; returns the norm before clipping."""
+    def _finish(self, factor: float) -> torch.Tensor:
+        """Reduction and optimizer step at the end of accumulation, of gradients whose mean over ranks is `factor` times
+        the true one; returns the norm of that, before clipping.
+        """
         if self._stage == 0:
-            return self._finish_replicated()
+            return self._finish_replicated(factor)
+        if self._stage == 1:
+            self._engine.allreduce_gradients()
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self._ranks.device)
 
-    def _finish_replicated(self) -> torch.Tensor:
+    def _finish_replicated(self, factor: float) -> torch.Tensor:
         """Stage 0: DeepSpeed's own neither reports a norm nor skips a step whose gradient is not finite."""
         parameters = list(self._model.parameters())
         average_gradients(parameters)
-        norm = gradient_norm(parameters)
-        if not torch.isfinite(norm):
-            self._engine.zero_grad()  # AdamW passes over parameters without a gradient: nothing changes
-        elif not clip_in_kernel(self._optimizer, norm, self._clip_norm):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        norm = gradient_norm(parameters) / factor
+        if not prepare_update(self._optimizer, parameters, norm, self._clip_norm, factor):
+            self._engine.zero_grad()  # an optimizer passes over parameters without a gradient: nothing changes
         self._engine.step()
-        self._optimizer.grad_scale = None
+        release_kernel(self._optimizer)
         return norm
 
     @torch.no_grad()
@@ -102,5 +147,23 @@ class ZeroEngine:
     def updates(self) -> int:
         return updates_of(self._optimizer if self._stage == 0 else self._optimizer.optimizer)
 
-    def loaded(self, updates: int) -> None:
+    def loss_scaling(self) -> dict[str, Any] | None:
+        return None if self._scaler is None else self._scaler.to_json()
+
+    def loaded(self, updates: int, loss_scaling: Mapping[str, Any] | None = None) -> None:
+        if self._scaler is not None and loss_scaling is not None:
+            self._scaler.load(loss_scaling)
         self._state.refresh(updates)
+
+
+def deepspeed_scale(config: PrecisionConfig) -> DynamicLossScaler:
+    """DeepSpeed's own scaler; at its smallest scale the guard decides what an overflow means."""
+    return DynamicLossScaler(
+        init_scale=config.loss_scale,
+        scale_window=config.loss_scale_window,
+        min_scale=MIN_LOSS_SCALE,
+        delayed_shift=config.loss_scale_hysteresis,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,
+        dtype=torch.half,
+    )
