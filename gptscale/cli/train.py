@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptscale.config.compose import compose
 from gptscale.config.rules import check_local_launch
-from gptscale.config.schema import DataConfig, LaunchConfig, TrainRoot
+from gptscale.config.schema import DataConfig, EvaluationConfig, LaunchConfig, TrainRoot
 from gptscale.launcher.local import launch_local
 from gptscale.runtime.hardware import usable_cores
 from gptscale.train.check import check_run
@@ -35,6 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         ensure_prepared(settings.data, settings.tokenizer, prepare_progress())
     else:
         check_prepared(settings.data)
+    check_heldout(settings.evaluation)
     assert settings.run.dir is not None
     return launch_local(
         "gptscale.train",
@@ -58,3 +59,11 @@ def check_prepared(data: DataConfig) -> None:
     for folder in [data.path] if isinstance(data.path, str) else [corpus.path for corpus in data.path]:
         open_split(Path(folder), "train")
         open_split(Path(folder), "heldout")
+
+
+def check_heldout(evaluation: EvaluationConfig) -> None:
+    """The same of `evaluation.sets`."""
+    from gptscale.data.corpus import open_split
+
+    for chosen in evaluation.sets:
+        open_split(Path(chosen.path), "heldout")

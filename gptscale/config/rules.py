@@ -5,7 +5,10 @@ Each rule refuses with one UserError that names the key and the fix.
 
 from __future__ import annotations
 
-from gptscale.config.schema import ModelConfig, TrainRoot
+import os
+import re
+
+from gptscale.config.schema import DataConfig, ModelConfig, TrainRoot
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit, Topology, split_batch
 
@@ -14,6 +17,7 @@ def check(settings: TrainRoot, world_size: int) -> BatchSplit:
     """Check every rule for a run on `world_size` ranks; returns how its global batch is cut."""
     check_model(settings.model)
     _check_ranges(settings)
+    _check_heldout_sets(settings)
     _check_length(settings)
     _check_engine(settings, world_size)
     try:
@@ -119,6 +123,7 @@ def _check_ranges(settings: TrainRoot) -> None:
     _at_least("launch.ranks", settings.launch.ranks, 1)
     _at_least("evaluation.every_steps", settings.evaluation.every_steps, 0)
     _at_least("evaluation.sequences", settings.evaluation.sequences, 0)
+    _at_least("evaluation.sample_tokens", settings.evaluation.sample_tokens, 1)
     _at_least("guard.max_skipped_steps", settings.guard.max_skipped_steps, 1)
     _at_least("logging.print_every_steps", settings.logging.print_every_steps, 1)
     _at_least("schedule.warmup_tokens", settings.schedule.warmup_tokens, 0)
@@ -138,6 +143,34 @@ def _check_ranges(settings: TrainRoot) -> None:
         beta = getattr(settings.optimizer, name)
         if not 0 <= beta < 1:
             raise UserError(f"optimizer.{name}={beta} is not a share below 1\nuse a value from 0 up to 1, e.g. 0.95")
+
+
+def _check_heldout_sets(settings: TrainRoot) -> None:
+    names = list(source_names(settings.data))
+    for chosen in settings.evaluation.sets:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", chosen.name):
+            raise UserError(
+                f"evaluation.sets: '{chosen.name}' is not a name\nuse letters, digits, - and _, as in a file's name"
+            )
+        if chosen.name in names:
+            raise UserError(f"evaluation.sets: two held-out sets are called {chosen.name}\nrename one of them")
+        names.append(chosen.name)
+        if not chosen.path:
+            raise UserError(f"evaluation.sets: {chosen.name} has no path\nname a prepared folder")
+        if chosen.sequences is not None:
+            _at_least(f"evaluation.sets: sequences of {chosen.name}", chosen.sequences, 0)
+
+
+def source_names(data: DataConfig) -> tuple[str, ...]:
+    """What the held-out parts of a mixture's corpora are called: their folders' names, made unique. () for one corpus."""
+    if data.path is None or isinstance(data.path, str) or len(data.path) < 2:
+        return ()
+    names: list[str] = []
+    for corpus in data.path:
+        base = re.sub(r"[^A-Za-z0-9_-]", "-", os.path.basename(os.path.normpath(corpus.path)))
+        taken = sum(name == base or name.startswith(f"{base}-") for name in names)
+        names.append(base if base not in names else f"{base}-{taken + 1}")
+    return tuple(names)
 
 
 def _check_length(settings: TrainRoot) -> None:

@@ -219,11 +219,28 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class HeldoutSetConfig:
+    """Held-out text with a name of its own."""
+
+    name: str
+    path: str
+    """A prepared folder, of which the held-out part is used; its tokenizer is the run's."""
+    sequences: int | None = None
+    """Default: `evaluation.sequences`."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     every_steps: int = 0
     """0: at the end only."""
     sequences: int = 256
-    """Held-out sequences to use, from the start of the held-out part; 0 uses all of them."""
+    """Held-out sequences to use of each set, from the start of its held-out part; 0 uses all of them."""
+    sets: tuple[HeldoutSetConfig, ...] = ()
+    """More held-out text than the training corpora's own. Each of a mixture's corpora is a set already."""
+    prompts: tuple[str, ...] = ()
+    """Texts that every evaluation lets the model complete, greedily, into `samples.jsonl`."""
+    sample_tokens: int = 48
+    """Most tokens of such a completion."""
     bigram: bool = False
     """At the end, print beside the held-out loss that of an interpolated bigram model fitted to the same tokens."""
 

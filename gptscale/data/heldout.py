@@ -42,6 +42,7 @@ class HeldoutBatches:
     ) -> None:
         """`folder` is a prepared folder. Raises UserError where its held-out part is damaged or empty."""
         self._reader = heldout_rows(folder, sequence_length)
+        self.tokenizer_sha256: str = self._reader.corpus.manifest.tokenizer_sha256
         self._micro_batch = micro_batch
         self._data_rank = data_rank
         self._data_ranks = data_ranks

@@ -50,12 +50,15 @@ class TrainingStream:
                 )
         total_weight = sum(corpus.weight for corpus in corpora)
         shares = tuple(corpus.weight / total_weight for corpus in corpora)
+        self.shares = shares
+        """Of the samples, each corpus's."""
         order = SampleOrder(tuple(reader.count for reader in self._readers), shares, seed)
         self._window = lru_cache(maxsize=4)(lambda number: order.locate(np.arange(_WINDOW) + number * _WINDOW))
         self.sequence_length = sequence_length
         self.vocab_size: int = opened[0].manifest.vocab_size
         self.end_of_text: int = opened[0].manifest.end_of_text
         self.tokenizer_path: Path = opened[0].tokenizer_path
+        self.tokenizer_sha256: str = opened[0].manifest.tokenizer_sha256
         self.samples_per_epoch: int = sum(reader.count for reader in self._readers)
         """Samples of all corpora together; of one corpus, the positions after which it is read again in a new order."""
         self.identity: dict[str, Any] = {

@@ -153,11 +153,20 @@ class GPT(nn.Module):
         blocks = [(f"blocks.{i}", block) for i, block in enumerate(self.blocks)]
         return [("embedding", self.embedding), *blocks, ("head", self.head)]
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, loss_gain: float | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        loss_gain: float | None = None,
+        last_B: Tensor | None = None,
+    ) -> Tensor:
         """fp32 scalar: sum of token losses over targets ≠ IGNORED_TARGET. The one entry of training and evaluation.
 
+        Without targets: `logits`, for engines whose hooks want to see every use of the model begin here.
         `loss_gain` foretells the gradient that backward will bring, which fp16 needs (`chunked_cross_entropy`).
         """
+        if targets_BT is None:
+            return self.logits(inputs_BT, last_B=last_B)
         (_, embedding), *blocks, (_, head) = self.sequence()
         x_BTD = embedding(inputs_BT)
         for _, block in blocks:

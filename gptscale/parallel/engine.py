@@ -33,6 +33,13 @@ class Engine(Protocol):
         """Sum of this rank's token losses, without dropout. Every rank must call it equally often."""
         ...
 
+    def next_logits(self, inputs_BT: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [B, V] of what follows token `last_B` of each row, without dropout, on every rank. A collective.
+
+        All ranks give the same rows.
+        """
+        ...
+
     def pieces(self) -> list[Piece]:
         """This rank's share of weights and optimizer state, as views of live storage."""
         ...

@@ -77,6 +77,12 @@ class PlainEngine:
         loss: torch.Tensor = self._model(*on_device(batch, self._device))
         return loss
 
+    @torch.no_grad()
+    def next_logits(self, inputs_BT: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
+        self._model.eval()
+        logits_B1V: torch.Tensor = self._model(inputs_BT.to(self._device), last_B=last_B.to(self._device))
+        return logits_B1V[:, 0]
+
     def pieces(self) -> list[Piece]:
         found: list[Piece] = []
         for name, parameter in self._parameters.items():

@@ -141,6 +141,13 @@ class ZeroEngine:
         loss: torch.Tensor = self._model(*on_device(batch, self._ranks.device))
         return loss
 
+    @torch.no_grad()
+    def next_logits(self, inputs_BT: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
+        self._engine.eval()
+        device = self._ranks.device
+        logits_B1V: torch.Tensor = self._model(inputs_BT.to(device), last_B=last_B.to(device))
+        return logits_B1V[:, 0]
+
     def pieces(self) -> list[Piece]:
         return self._state.pieces()
 

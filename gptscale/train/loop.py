@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,8 @@ from gptscale.config.compose import Composed
 from gptscale.config.schema import TrainRoot
 from gptscale.config.step_plan import StepPlan, run_steps, schedule_tokens, step_plan
 from gptscale.data.stream import StepData, StepFeed
-from gptscale.evaluate.heldout import heldout_loss
+from gptscale.evaluate.heldout import evaluate_sets
+from gptscale.evaluate.samples import greedy_samples
 from gptscale.parallel.engine import Engine, build_engine
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.errors import StoppedError
@@ -29,6 +31,7 @@ from gptscale.train.run_folder import RunFolder
 from gptscale.train.saving import resume, save
 from gptscale.train.schedule import learning_rate
 from gptscale.train.setup import Corpora, build_model, open_corpora, prepare_torch
+from gptscale.train.taken_step import TakenStep
 from gptscale.train.watcher import Watcher
 
 LOG = logging.getLogger("gptscale.train")
@@ -50,6 +53,12 @@ class Session:
     plan: StepPlan
     total_steps: int
     schedule_tokens: int
+    taken: TakenStep | None = None
+    """A step that the device was given, its numbers not read yet."""
+    since_s: float = 0.0
+    """When the last step, evaluation or save ended: what follows is the next step's time."""
+    save_s: float = 0.0
+    """Time spent in saves since the last step."""
 
     @property
     def settings(self) -> TrainRoot:
@@ -118,50 +127,80 @@ def run_to_end(session: Session, stop: StopRequest) -> None:
     settings, total_steps = session.settings, session.total_steps
     start = session.progress.position.samples
     with StepFeed(session.corpora.stream, session.plan, session.split, session.ranks.rank, start) as feed:
-        while session.progress.step < total_steps:
-            stopping = one_step(session, feed, stop)
-            step = session.progress.step
-            last = step == total_steps
-            if last or due(step, settings.evaluation.every_steps):
-                evaluate(session)
-            if last:  # before the save that makes the run a finished one, which a restart leaves as it is
-                session.watcher.conclude()
-            if last or stopping or due(step, settings.checkpoint.every_steps):
-                save_run(session)
-            if stopping and not last:
-                raise StoppedError(f"stopped at step {step} of {total_steps} after a save: start it again to go on")
+        session.since_s = time.perf_counter()
+        try:
+            while session.progress.step < total_steps:
+                stopping = one_step(session, feed, stop)
+                step = session.progress.step
+                last = step == total_steps
+                if last or due(step, settings.evaluation.every_steps):
+                    evaluate(session)
+                if last:  # before the save that makes the run a finished one, which a restart leaves as it is
+                    session.watcher.conclude()
+                if last or stopping or due(step, settings.checkpoint.every_steps):
+                    save_run(session)
+                if stopping and not last:
+                    raise StoppedError(f"stopped at step {step} of {total_steps} after a save: start it again to go on")
+        except Exception:
+            with suppress(Exception):  # whatever ended the run, the line of its last step is worth having
+                settle(session)
+            raise
     session.watcher.finished(session.progress)
 
 
 def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> bool:
-    """One optimizer step and its line of metrics. True where a rank was asked to stop: all ranks learn it together."""
+    """One optimizer step, and the line of metrics of the step before it, which the device has passed by now.
+
+    True where a rank was asked to stop: all ranks learn it together.
+    """
     settings, progress, ranks = session.settings, session.progress, session.ranks
-    started_s = time.perf_counter()
     data = next(feed)
     samples = session.plan.batch(progress.position.samples)
     after = progress.tokens + samples * session.plan.sequence_length
     rate = learning_rate(after, settings.schedule, settings.optimizer.learning_rate, session.schedule_tokens)
     # Dropout is a function of seed, step and rank, so a resumed run needs no generator's state.
     torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.rank))
-    result = session.engine.train_step(data.microbatches, rate)
+    measure_noise = due(progress.step + 1, settings.train.noise_scale_every_steps)
+    result = session.engine.train_step(data.microbatches, rate, measure_noise)
     sample_hash, stopping = ranks.sum([data.sample_hash, int(stop.requested)])
-    loss, grad_norm = float(result.loss), float(result.grad_norm)
-    progress = progress.advanced(samples, samples * session.plan.sequence_length, sample_hash)
-    session.watcher.step(progress, loss, grad_norm, rate, time.perf_counter() - started_s, data.wait_s)
-    session.guard.watch(progress.step, grad_norm)
-    session.progress = replace(progress, skipped_in_a_row=session.guard.skipped_in_a_row)
+    session.progress = progress.advanced(samples, samples * session.plan.sequence_length, sample_hash)
+    taken = TakenStep(result, session.progress, rate, data.wait_s, session.save_s)
+    settle(session)
+    session.taken, session.save_s = taken, 0.0
     return stopping > 0
+
+
+def settle(session: Session) -> None:
+    """Read the numbers of the step that was taken last, if that is still to be done: write its line, guard the run."""
+    taken, session.taken = session.taken, None
+    if taken is not None:
+        numbers, session.since_s = taken.read(session.since_s)
+        session.watcher.step(numbers)
+        session.guard.watch(numbers.progress.step, numbers.grad_norm)
 
 
 def save_run(session: Session) -> None:
     """Write a checkpoint. A collective."""
+    settle(session)
+    started_s = time.perf_counter()
     all_or_none(session.ranks, session.watcher.saving, "writing the metrics")
-    save(session.composed, session.engine, session.folder, session.progress, session.corpora, session.ranks)
+    progress = replace(session.progress, skipped_in_a_row=session.guard.skipped_in_a_row)
+    save(session.composed, session.engine, session.folder, progress, session.corpora, session.ranks)
+    session.since_s = time.perf_counter()
+    session.save_s += session.since_s - started_s
 
 
 def evaluate(session: Session) -> None:
-    result = heldout_loss(session.engine, session.corpora.heldout, session.ranks)
-    session.watcher.evaluated(session.progress, result)
+    """Loss on held-out text, and what the model makes of the prompts. A collective."""
+    settle(session)
+    started_s = time.perf_counter()
+    settings, corpora = session.settings.evaluation, session.corpora
+    result = evaluate_sets(session.engine, corpora.heldout, session.ranks)
+    samples = greedy_samples(
+        session.engine, corpora.tokenizer, settings.prompts, settings.sample_tokens, session.plan.sequence_length
+    )
+    session.since_s = time.perf_counter()
+    session.watcher.evaluated(session.progress, result, samples, session.since_s - started_s)
 
 
 def due(step: int, every_steps: int) -> bool:

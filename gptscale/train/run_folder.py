@@ -23,6 +23,7 @@ class RunFolder:
         self.path = Path(config.dir)
         self.checkpoints = self.path / CHECKPOINTS
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.report = self.path / "report.html"
         self._resume = config.resume
         self._lock = FileLock(self.path / "lock")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gptscale.checkpoint.trained import COMPUTE_TYPES
+from gptscale.config.rules import source_names
 from gptscale.config.schema import CorpusConfig, DataConfig, TrainRoot
 from gptscale.data.heldout import HeldoutBatches, heldout_batches
 from gptscale.data.prepare import corpus_folder
 from gptscale.data.stream import TrainingStream
+from gptscale.evaluate.heldout import HeldoutSet
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.ranks import Ranks
+from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
 
 
@@ -41,9 +45,13 @@ class Corpora:
 
     folders: tuple[CorpusConfig, ...]
     stream: TrainingStream
-    heldout: HeldoutBatches
-    """Of the first folder."""
-    tokenizer_sha256: str
+    heldout: tuple[HeldoutSet, ...]
+    """Of these folders, in their order, and then those that `evaluation.sets` names."""
+    tokenizer: Tokenizer
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self.tokenizer.sha256
 
     @property
     def vocab_size(self) -> int:
@@ -55,15 +63,31 @@ def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
     folders = corpus_configs(settings)
     length = settings.data.sequence_length
     stream = TrainingStream(folders, length, settings.run.seed, verify=settings.data.verify)
-    heldout = heldout_batches(
-        Path(folders[0].path),
-        length,
-        settings.train.micro_batch,
-        settings.evaluation.sequences,
-        ranks.rank,
-        ranks.size,
-    )
-    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path).sha256)
+    heldout = tuple(open_heldout(settings, folders, stream, ranks))
+    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path))
+
+
+def open_heldout(
+    settings: TrainRoot, folders: tuple[CorpusConfig, ...], stream: TrainingStream, ranks: Ranks
+) -> Iterator[HeldoutSet]:
+    """Held-out text as this rank evaluates it."""
+
+    def batches(folder: str, sequences: int | None) -> HeldoutBatches:
+        limit = settings.evaluation.sequences if sequences is None else sequences
+        length, micro_batch = settings.data.sequence_length, settings.train.micro_batch
+        return heldout_batches(Path(folder), length, micro_batch, limit, ranks.rank, ranks.size)
+
+    names = source_names(settings.data) or (None,)
+    for corpus, name, share in zip(folders, names, stream.shares, strict=True):
+        yield HeldoutSet(batches(corpus.path, None), name, share)
+    for chosen in settings.evaluation.sets:
+        opened = batches(chosen.path, chosen.sequences)
+        if opened.tokenizer_sha256 != stream.tokenizer_sha256:
+            raise UserError(
+                f"evaluation.sets: {chosen.path} was prepared with another tokenizer than {folders[0].path}\n"
+                f"prepare it with tokenizer.path={stream.tokenizer_path}"
+            )
+        yield HeldoutSet(opened, chosen.name)
 
 
 def corpus_configs(settings: TrainRoot) -> tuple[CorpusConfig, ...]:

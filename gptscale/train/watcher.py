@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import logging
 import resource
-import time
+from collections import deque
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from gptscale.config.compose import Composed
-from gptscale.config.schema import TrainRoot
+from gptscale.config.schema import PrecisionConfig, TrainRoot
 from gptscale.config.step_plan import run_steps, step_plan, tokens_per_step
-from gptscale.evaluate.heldout import HeldoutLoss
+from gptscale.evaluate.heldout import Evaluation, HeldoutLoss
+from gptscale.evaluate.samples import Sample
 from gptscale.model.count import flops_per_token
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.hardware import peak_flops
 from gptscale.train.metrics import MetricsFile
+from gptscale.train.noise_scale import NoiseScale
 from gptscale.train.progress import Progress
 from gptscale.train.report import write_report
 from gptscale.train.run_folder import RunFolder
 from gptscale.train.setup import Corpora
+from gptscale.train.taken_step import StepNumbers
 from gptscale.train.tracker import Tracker, build_tracker
 
 LOG = logging.getLogger("gptscale.train")
+
+PACE_STEPS = 50
+"""Steps by whose pace the time left is told."""
 
 
 class Watcher:
@@ -55,80 +62,100 @@ class Watcher:
         self._parameters = parameters
         own = settings.model.block == "gpt"  # of another block nobody but its author knows the operations
         self._flops_per_token = lru_cache(partial(flops_per_token, settings.model, corpora.vocab_size)) if own else None
-        peak = peak_flops(device_name(ranks.device), settings.precision.compute)
+        peak = peak_flops(device_name(ranks.device), multiplied_in(settings.precision))
         self._peak_flops = None if peak is None else peak * ranks.size
         self._metrics = MetricsFile(folder.metrics, progress.step)
+        self._samples = MetricsFile(folder.samples, progress.step)
         self._tracker: Tracker = build_tracker(settings.logging, folder.path, composed.public)
-        self._started_s = time.monotonic()
         self._started_step = progress.step
-        self._heldout: HeldoutLoss | None = None
+        self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
+        self._noise = NoiseScale(folder.metrics)
+        self._evaluation: Evaluation | None = None
         self._announce(progress)
 
-    def step(
-        self, progress: Progress, loss: float, grad_norm: float, rate: float, step_time_s: float, wait_s: float
-    ) -> None:
+    def step(self, numbers: StepNumbers) -> None:
         if not self._speaks:
             return
+        progress = numbers.progress
         used = self._tokens // self._plan.sequence_length
-        tokens_per_sec = (progress.tokens - self._tokens) / step_time_s
+        tokens = progress.tokens - self._tokens
+        tokens_per_sec = tokens / numbers.step_time_s
         self._tokens = progress.tokens
+        self._pace.append((tokens, numbers.step_time_s + numbers.save_s))
         mfu = None
         if self._flops_per_token is not None and self._peak_flops is not None:
             mfu = tokens_per_sec * self._flops_per_token(self._plan.length(used)) / self._peak_flops
         values = {
             "step": progress.step,
             "tokens": progress.tokens,
-            "train/loss": loss,
-            "train/grad_norm": grad_norm,
-            "train/lr": rate,
+            "train/loss": numbers.loss,
+            "train/grad_norm": numbers.grad_norm,
+            "train/lr": numbers.learning_rate,
             "throughput/tokens_per_sec": tokens_per_sec,
             "throughput/mfu": mfu,
-            "throughput/step_time_s": step_time_s,
-            "throughput/data_wait_pct": 100.0 * wait_s / step_time_s,
+            "throughput/step_time_s": numbers.step_time_s,
+            "throughput/data_wait_pct": 100.0 * numbers.data_s / numbers.step_time_s,
+            "time/data_s": numbers.data_s,
+            "time/forward_backward_s": numbers.forward_backward_s,
+            "time/update_s": numbers.update_s,
+            "time/save_s": numbers.save_s,
             "data/sample_hash": f"{progress.sample_hash:016x}",
             "memory/peak_bytes": peak_bytes(self._device),
         }
+        if numbers.loss_scale is not None:
+            values["train/loss_scale"] = numbers.loss_scale
+        if numbers.noise_signal is not None and numbers.noise_trace is not None:
+            values |= self._noise.add(numbers.noise_signal, numbers.noise_trace)
         self._metrics.write(values)
         self._tracker.log(progress.step, values)
         first = progress.step == self._started_step + 1
         if first or progress.step == self._total_steps or progress.step % self._settings.logging.print_every_steps == 0:
             LOG.info(
-                f"step {progress.step}/{self._total_steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  "
-                f"{tokens_per_sec:,.0f} tokens/s  {self._time_left(progress.step)}"
+                f"step {progress.step}/{self._total_steps}  loss {numbers.loss:.4f}  "
+                f"grad norm {numbers.grad_norm:.2f}  lr {numbers.learning_rate:.2e}  {tokens_per_sec:,.0f} tokens/s  "
+                f"mfu {'unknown' if mfu is None else f'{mfu:.1%}'}  {in_gib(peak_bytes(self._device))}  "
+                f"{self._time_left()} left"
             )
 
-    def evaluated(self, progress: Progress, result: HeldoutLoss) -> None:
+    def evaluated(self, progress: Progress, result: Evaluation, samples: Sequence[Sample], elapsed_s: float) -> None:
+        """An evaluation after the step that `progress` stands at, which took `elapsed_s`."""
         if not self._speaks:
             return
-        self._heldout = result
-        values = {
-            "step": progress.step,
-            "eval/loss": result.loss,
-            "eval/perplexity": result.perplexity,
-            "eval/bits_per_byte": result.bits_per_byte,
-        }
+        self._evaluation = result
+        values = {"step": progress.step, **_heldout_values("eval/", result.overall)}
+        for name, loss in result.by_name.items():
+            values |= _heldout_values(f"eval/{name}/", loss)
+        values["time/evaluate_s"] = elapsed_s
         self._metrics.write(values)
         self._tracker.log(progress.step, values)
+        for sample in samples:
+            self._samples.write({"step": progress.step, "prompt": sample.prompt, "completion": sample.completion})
         LOG.info(
-            f"step {progress.step}: held-out loss {result.loss:.4f} nats a token, "
-            f"{result.bits_per_byte:.3f} bits a byte, over {result.tokens:,} tokens"
+            f"step {progress.step}: held-out loss {result.overall.loss:.4f} nats a token, "
+            f"{result.overall.bits_per_byte:.3f} bits a byte, over {result.overall.tokens:,} tokens"
+            + "".join(f"; {name} {loss.loss:.4f}" for name, loss in result.by_name.items())
         )
 
     def saving(self) -> None:
         """Before a checkpoint says how far the run is, its metrics up to there are on the disk."""
         if self._speaks:
             self._metrics.sync()
+            self._samples.sync()
 
     def conclude(self) -> None:
         """Compare with the bigram model, where that is asked for, and write the report."""
         if not self._speaks:
             return
         baseline = None
-        if self._settings.evaluation.bigram and self._heldout is not None:
+        if self._settings.evaluation.bigram and self._evaluation is not None:
             baseline = self._bigram()
-            verdict = "below" if self._heldout.loss < baseline else "NOT below"
+            # In a mixture, of its first corpus, as the bigram model is.
+            heldout = next(iter(self._evaluation.by_name.values()), self._evaluation.overall)
+            if len(self._corpora.folders) == 1:
+                heldout = self._evaluation.overall
+            verdict = "below" if heldout.loss < baseline else "NOT below"
             LOG.info(
-                f"held-out loss {self._heldout.loss:.4f} is {verdict} the {baseline:.4f} of an interpolated bigram "
+                f"held-out loss {heldout.loss:.4f} is {verdict} the {baseline:.4f} of an interpolated bigram "
                 "model fitted to the same tokens"
             )
         self._write_report(baseline)
@@ -140,14 +167,15 @@ class Watcher:
     def close(self) -> None:
         if self._speaks:
             self._metrics.close()
+            self._samples.close()
             self._tracker.close()
 
     def _write_report(self, baseline: float | None) -> None:
         settings = self._settings
         facts = {"parameters": f"{self._parameters:,}", "device": f"{self._ranks} × {device_name(self._device)}"}
-        if self._heldout is not None:
-            facts["held-out loss"] = f"{self._heldout.loss:.4f} nats a token"
-            facts["held-out bits a byte"] = f"{self._heldout.bits_per_byte:.4f}"
+        if self._evaluation is not None:
+            facts["held-out loss"] = f"{self._evaluation.overall.loss:.4f} nats a token"
+            facts["held-out bits a byte"] = f"{self._evaluation.overall.bits_per_byte:.4f}"
         if baseline is not None:
             facts["bigram model, same tokens"] = f"{baseline:.4f} nats a token"
         facts["corpus"] = ", ".join(corpus.path for corpus in self._corpora.folders)
@@ -166,6 +194,14 @@ class Watcher:
         ranks = "1 rank" if self._ranks == 1 else f"{self._ranks} ranks"
         if progress.step:
             LOG.info(f"going on with {self._folder.path} from step {progress.step}")
+        if self._flops_per_token is not None:
+            operations = self._flops_per_token(settings.data.sequence_length)
+            peak = (
+                "of a peak that is not known"
+                if self._peak_flops is None
+                else f"of {self._peak_flops / 1e12:,.1f} TFLOP/s"
+            )
+            LOG.info(f"MFU: tokens/s × {operations / 1e6:,.1f} MFLOP (forward and backward, attention causal) {peak}")
         LOG.info(
             f"{self._parameters:,} parameters, {text_tokens:,} tokens of text, {ranks} ({layout}), "
             f"{settings.precision.compute}, {tokens_per_step(settings):,} tokens a step"
@@ -180,10 +216,30 @@ class Watcher:
             self._settings.evaluation.sequences,
         )
 
-    def _time_left(self, step: int) -> str:
-        done = step - self._started_step
-        left_s = (time.monotonic() - self._started_s) / done * (self._total_steps - step)
-        return f"{int(left_s) // 60}:{int(left_s) % 60:02d} left"
+    def _time_left(self) -> str:
+        """By tokens, at the pace of the last steps: steps grow where the batch does."""
+        total_tokens = self._plan.samples_after(self._total_steps) * self._plan.sequence_length
+        tokens, seconds = (sum(column) for column in zip(*self._pace, strict=True))
+        left_s = int((total_tokens - self._tokens) * seconds / tokens)
+        hours, minutes = divmod(left_s // 60, 60)
+        return f"{hours}:{minutes:02d}:{left_s % 60:02d}" if hours else f"{minutes}:{left_s % 60:02d}"
+
+
+def _heldout_values(prefix: str, loss: HeldoutLoss) -> dict[str, float]:
+    return {
+        f"{prefix}loss": loss.loss,
+        f"{prefix}perplexity": loss.perplexity,
+        f"{prefix}bits_per_byte": loss.bits_per_byte,
+    }
+
+
+def multiplied_in(precision: PrecisionConfig) -> str:
+    """Name of the peak that a model's products can reach (`gptscale.runtime.hardware`)."""
+    return "tf32" if precision.compute == "fp32" and precision.tf32 else precision.compute
+
+
+def in_gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"
 
 
 def device_name(device: torch.device) -> str:
