@@ -23,6 +23,7 @@ from gptscale.runtime.signals import StopRequest
 from gptscale.topology import BatchSplit
 from gptscale.train.check import check_run
 from gptscale.train.guard import Guard
+from gptscale.train.noise import some_metrics
 from gptscale.train.optimizer import build_optimizer
 from gptscale.train.progress import Progress
 from gptscale.train.run_folder import RunFolder
@@ -64,7 +65,7 @@ def train(composed: Composed[TrainRoot], ranks: Ranks, stop: StopRequest) -> Non
     """
     settings = composed.settings
     split = check_run(settings, ranks.size)
-    prepare_torch(settings)
+    prepare_torch(settings, ranks)
     folder = RunFolder(settings.run)
     all_or_none(ranks, lambda: folder.open() if ranks.rank == 0 else None, f"opening {folder.path}")
     try:
@@ -143,12 +144,15 @@ def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> b
     rate = learning_rate(after, settings.schedule, settings.optimizer.learning_rate, session.schedule_tokens)
     # Dropout is a function of seed, step and rank, so a resumed run needs no generator's state.
     torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.rank))
-    result = session.engine.train_step(data.microbatches, rate)
+    measure_noise = due(progress.step + 1, settings.train.noise_scale_every_steps)
+    result = session.engine.train_step(data.microbatches, rate, measure_noise)
     sample_hash, stopping = ranks.sum([data.sample_hash, int(stop.requested)])
     loss, grad_norm = float(result.loss), float(result.grad_norm)
     progress = progress.advanced(samples, samples * session.plan.sequence_length, sample_hash)
-    session.watcher.step(progress, loss, grad_norm, rate, time.perf_counter() - started_s, data.wait_s)
-    session.guard.watch(progress.step, grad_norm)
+    session.watcher.step(
+        progress, loss, grad_norm, rate, time.perf_counter() - started_s, data.wait_s, some_metrics(result)
+    )
+    session.guard.watch(progress.step, grad_norm, result.loss_scale)
     session.progress = replace(progress, skipped_in_a_row=session.guard.skipped_in_a_row)
     return stopping > 0
 

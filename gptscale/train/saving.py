@@ -33,6 +33,7 @@ def save(
     state = {
         "progress": progress.to_json(),
         "updates": engine.updates(),
+        "loss_scaling": engine.loss_scaling(),
         "settings": composed.public,
         "resumed_from": named_checkpoint(settings.run.resume),
         "data": corpora.stream.identity,
@@ -70,5 +71,5 @@ def resume(
         checkpoint = restore_from(Path(wanted), pieces, ranks, LOG.warning, refuse)
     if checkpoint is None:
         return Progress()
-    engine.loaded(checkpoint.state["updates"])
+    engine.loaded(checkpoint.state["updates"], checkpoint.state.get("loss_scaling"))
     return Progress.from_json(checkpoint.state["progress"])

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from gptscale.config.compose import Composed
-from gptscale.config.schema import TrainRoot
+from gptscale.config.schema import PrecisionConfig, TrainRoot
 from gptscale.config.step_plan import run_steps, step_plan, tokens_per_step
 from gptscale.evaluate.heldout import HeldoutLoss
 from gptscale.model.count import flops_per_token
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.hardware import peak_flops
-from gptscale.train.metrics import MetricsFile
+from gptscale.train.metrics import MetricsFile, read_metrics
+from gptscale.train.noise import SCALE, SIGNAL, NoiseWindow
 from gptscale.train.progress import Progress
 from gptscale.train.report import write_report
 from gptscale.train.run_folder import RunFolder
@@ -55,9 +57,10 @@ class Watcher:
         self._parameters = parameters
         own = settings.model.block == "gpt"  # of another block nobody but its author knows the operations
         self._flops_per_token = lru_cache(partial(flops_per_token, settings.model, corpora.vocab_size)) if own else None
-        peak = peak_flops(device_name(ranks.device), settings.precision.compute)
+        peak = peak_flops(device_name(ranks.device), products(settings.precision))
         self._peak_flops = None if peak is None else peak * ranks.size
         self._metrics = MetricsFile(folder.metrics, progress.step)
+        self._noise = NoiseWindow(read_metrics(folder.metrics) if settings.train.noise_scale_every_steps else ())
         self._tracker: Tracker = build_tracker(settings.logging, folder.path, composed.public)
         self._started_s = time.monotonic()
         self._started_step = progress.step
@@ -65,8 +68,16 @@ class Watcher:
         self._announce(progress)
 
     def step(
-        self, progress: Progress, loss: float, grad_norm: float, rate: float, step_time_s: float, wait_s: float
+        self,
+        progress: Progress,
+        loss: float,
+        grad_norm: float,
+        rate: float,
+        step_time_s: float,
+        wait_s: float,
+        more: Mapping[str, float],
     ) -> None:
+        """`more` are metrics that only some runs have (`some_metrics`)."""
         if not self._speaks:
             return
         used = self._tokens // self._plan.sequence_length
@@ -87,7 +98,10 @@ class Watcher:
             "throughput/data_wait_pct": 100.0 * wait_s / step_time_s,
             "data/sample_hash": f"{progress.sample_hash:016x}",
             "memory/peak_bytes": peak_bytes(self._device),
+            **more,
         }
+        if SIGNAL in more:
+            values[SCALE] = self._noise.scale(more)
         self._metrics.write(values)
         self._tracker.log(progress.step, values)
         first = progress.step == self._started_step + 1
@@ -184,6 +198,11 @@ class Watcher:
         done = step - self._started_step
         left_s = (time.monotonic() - self._started_s) / done * (self._total_steps - step)
         return f"{int(left_s) // 60}:{int(left_s) % 60:02d} left"
+
+
+def products(precision: PrecisionConfig) -> str:
+    """By what name `hardware` knows the peak of matrix products in this precision."""
+    return "tf32" if precision.tf32 and precision.compute == "fp32" else precision.compute
 
 
 def device_name(device: torch.device) -> str:
