@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from gptscale.flow import StepResult
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.engine import Engine, build_engine
+from gptscale.parallel.loss_scale import DynamicScale
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.process import find_process
 from gptscale.topology import BatchSplit, split_batch
@@ -66,9 +68,33 @@ def record_steps(
     found: dict[str, Any] = {"fused": waits_and_skips(layout, fused), "noise": noise(layout, fused)}
     if full:
         found["unfused"] = waits_and_skips(layout, slow)
+    if engine == "deepspeed":
+        found["rules"] = same_rule()
     found["fp16"] = scaled(layout, replace(fused, precision=FP16), Path(folder), elsewhere)
     Path(f"steps-{layout.ranks.rank}.json").write_text(json.dumps(found))
     layout.ranks.close()
+
+
+def same_rule() -> int:
+    """How often DeepSpeed's scaler and ours were compared and equal, over random sequences of overflows."""
+    from gptscale.parallel.zero import deepspeed_scale
+
+    random, equal = Random(0), 0
+    for _ in range(200):
+        config = PrecisionConfig(
+            loss_scale=2.0 ** random.randrange(8),
+            loss_scale_window=random.randrange(1, 8),
+            loss_scale_hysteresis=random.randrange(1, 5),
+        )
+        ours, theirs, chance = DynamicScale.of(config), deepspeed_scale(config), random.random()
+        for _ in range(60):
+            overflow = random.random() < chance
+            ours.update_scale(overflow)
+            theirs.update_scale(overflow)
+            for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
+                assert getattr(ours, name) == getattr(theirs, name), (config, name)
+            equal += 1
+    return equal
 
 
 def waits_and_skips(layout: Layout, root: TrainRoot) -> dict[str, Any]:

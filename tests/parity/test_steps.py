@@ -80,6 +80,7 @@ def test_a_stage(stage: int, size: int, plain: dict[str, Any], plain_folder: Pat
     if full:
         check_waits_and_skips(found["unfused"], waits=1)
     check_fp16(found["fp16"])
+    assert found["rules"] == 200 * 60, "our rule for the scale is DeepSpeed's"
     # The signal is what is left of a squared norm of about 9 when most of it is noise: 1e-5 of the norm, no better.
     np.testing.assert_allclose(found["noise"], plain["noise"], rtol=1e-5, atol=1e-4)
     expected = np.array(plain["fp16"]["steps"], dtype=float)
