@@ -51,11 +51,14 @@ def load_trained(source: Path, device: torch.device, report: Callable[[str], Non
 def _load(path: Path, device: torch.device) -> Trained:
     checkpoint = open_checkpoint(path)
     settings = checkpoint.state["settings"]
+    compute = build(PrecisionConfig, settings["precision"], "precision").compute
+    if compute == "fp16" and device.type == "cpu":
+        compute = "fp32"  # what a CPU is fast in; fp16 is a GPU's
     model = GPT(
         build(ModelConfig, settings["model"], "model"),
         checkpoint.state["vocab_size"],
         settings["data"]["sequence_length"],
-        COMPUTE_TYPES[build(PrecisionConfig, settings["precision"], "precision").compute],
+        COMPUTE_TYPES[compute],
     )
     checkpoint.require_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     checkpoint.fill(

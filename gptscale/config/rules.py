@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 
-from gptscale.config.schema import DataConfig, ModelConfig, TrainRoot
+from gptscale.config.schema import MIN_LOSS_SCALE, DataConfig, ModelConfig, TrainRoot
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit, Topology, split_batch
 
@@ -32,6 +32,7 @@ def check(settings: TrainRoot, world_size: int) -> BatchSplit:
     except ValueError as error:
         raise UserError(str(error)) from error
     _check_ramps(settings, topology.data)
+    _check_noise_scale(settings, split)
     return split
 
 
@@ -135,6 +136,13 @@ def _check_ranges(settings: TrainRoot) -> None:
     _at_least("optimizer.weight_decay", settings.optimizer.weight_decay, 0)
     _at_least("optimizer.epsilon", settings.optimizer.epsilon, 0)
     _above_zero("optimizer.learning_rate", settings.optimizer.learning_rate, "6e-4")
+    if not settings.precision.loss_scale >= MIN_LOSS_SCALE:
+        raise UserError(
+            f"precision.loss_scale={settings.precision.loss_scale} is below {MIN_LOSS_SCALE}\n"
+            "set precision.loss_scale=65536, from where it finds its value"
+        )
+    _at_least("precision.loss_scale_window", settings.precision.loss_scale_window, 1)
+    _at_least("precision.loss_scale_hysteresis", settings.precision.loss_scale_hysteresis, 1)
     _above_zero("parallel.timeout_s", settings.parallel.timeout_s, "600")
     _above_zero("launch.stop_timeout_s", settings.launch.stop_timeout_s, "60")
     if settings.launch.threads is not None:
@@ -162,7 +170,7 @@ def _check_heldout_sets(settings: TrainRoot) -> None:
 
 
 def source_names(data: DataConfig) -> tuple[str, ...]:
-    """What the held-out parts of a mixture's corpora are called: their folders' names, made unique. () for one corpus."""
+    """What a mixture's held-out parts are called: their folders' names, made unique. () where there is one corpus."""
     if data.path is None or isinstance(data.path, str) or len(data.path) < 2:
         return ()
     names: list[str] = []
@@ -220,6 +228,19 @@ def _check_ramps(settings: TrainRoot, data_ranks: int) -> None:
                 f"train.length_from={shortest} does not double up to data.sequence_length={length}\n"
                 f"use train.length_from={min(halves, key=lambda half: (abs(half - shortest), half))}"
             )
+
+
+def _check_noise_scale(settings: TrainRoot, split: BatchSplit) -> None:
+    """It compares micro-batches with the whole batch: the smallest batch has to have two."""
+    train = settings.train
+    _at_least("train.noise_scale_every_steps", train.noise_scale_every_steps, 0)
+    smallest = split.of(train.ramp_from or train.global_batch)
+    if train.noise_scale_every_steps and smallest.data * smallest.accumulation < 2:
+        key = "train.ramp_from" if train.ramp_from else "train.global_batch"
+        raise UserError(
+            f"train.noise_scale_every_steps needs two micro-batches a step: {key}={smallest.global_batch} is one\n"
+            "use a smaller train.micro_batch, or train.noise_scale_every_steps=0"
+        )
 
 
 def _check_engine(settings: TrainRoot, world_size: int) -> None:

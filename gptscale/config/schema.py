@@ -11,6 +11,9 @@ from typing import Literal
 Option = bool | int | float | str | None
 """What a setting of a user's own part may be."""
 
+MIN_LOSS_SCALE = 1.0
+"""No loss scale of fp16 falls below this: what overflows unscaled is a divergence, which the guard counts."""
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -33,7 +33,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 )
 from torch import Tensor
 
-from gptscale.parallel.gradients import hand_to_kernel, release_kernel, steps_in_kernel, take_gradients
+from gptscale.parallel.gradients import divisor, hand_to_kernel, release_kernel, steps_in_kernel, take_gradients
 
 
 class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
@@ -105,9 +105,7 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
         return _masked_norm(total)
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
-        scale = self.loss_scale
-        if not hand_to_kernel(self.optimizer, total_norm / scale, self.clip_grad, scale):
-            super().unscale_and_clip_grads(grad_groups_flat, total_norm)
+        _clip(self.optimizer, grad_groups_flat, total_norm, self.clip_grad, self.loss_scale)
 
     def _optimizer_step(self, group_no: int) -> None:
         super()._optimizer_step(group_no)
@@ -257,9 +255,8 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         self.averaged_gradients[sub_group_id] = None
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        scale = self.loss_scale
-        if not hand_to_kernel(self.optimizer, total_norm / scale, self.clip_grad, scale):
-            super().unscale_and_clip_grads(sub_group_id, total_norm)
+        gradients = [self.fp32_partitioned_groups_flat[sub_group_id].grad]
+        _clip(self.optimizer, gradients, total_norm, self.clip_grad, self.loss_scale)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         super()._optimizer_step(sub_group_id)
@@ -304,6 +301,16 @@ def flat_optimizers() -> Iterator[None]:
         engine_module.DeepSpeedZeroOptimizer = stock
         stage3_module.DeepSpeedZeroOptimizer_Stage3 = stock3
         engine_module.is_zero_supported_optimizer = supported
+
+
+def _clip(optimizer: Any, gradients: list[Tensor], norm: Tensor, limit: float, scale: float) -> None:
+    """Unscale and clip, in the kernel or before it. `norm` is that of the scaled gradients, known to be finite if not
+    in the kernel.
+    """
+    if not hand_to_kernel(optimizer, norm / scale, limit, scale):
+        by = divisor(norm / scale, limit, scale)
+        if by is not None:
+            torch._foreach_div_(gradients, by)
 
 
 def _masked_norm(squares: Tensor) -> Tensor:

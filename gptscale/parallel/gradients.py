@@ -58,11 +58,9 @@ def prepare_update(
         return True
     if not torch.isfinite(norm):
         return False
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if factor != 1.0:
-        torch._foreach_div_(gradients, factor)
-    if limit > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    by = divisor(norm, limit, factor)
+    if by is not None:
+        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], by)
     return True
 
 
@@ -70,15 +68,23 @@ def hand_to_kernel(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float,
     """Tell the fused kernel what to divide gradients by and whether to skip; False where there is none to be told.
 
     This is how torch's own GradScaler does it: the kernel divides by `grad_scale` as it reads, which costs no pass of
-    its own, and where `found_inf` is 1 it changes neither weights nor state, its step count included. The factor of
-    clipping is that of `torch.nn.utils.clip_grad_norm_`: limit / (norm + 1e-6), at most 1.
+    its own, and where `found_inf` is 1 it changes neither weights nor state, its step count included.
     """
     if not steps_in_kernel(optimizer):
         return False
-    divisor = torch.clamp((norm + 1e-6) / limit, min=1.0) * factor if limit > 0 else torch.full_like(norm, factor)
-    optimizer.grad_scale = divisor if limit > 0 or factor != 1.0 else None  # type: ignore[attr-defined]
+    optimizer.grad_scale = divisor(norm, limit, factor)  # type: ignore[attr-defined]
     optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     return True
+
+
+def divisor(norm: Tensor, limit: float, factor: float) -> Tensor | None:
+    """What gradients have to be divided by, for `factor` and clipping together; None where it is 1 in any case.
+
+    Clipping multiplies by limit / (norm + 1e-6), at most 1, as `torch.nn.utils.clip_grad_norm_` does.
+    """
+    if limit <= 0:
+        return None if factor == 1.0 else torch.full_like(norm, factor)
+    return torch.clamp((norm + 1e-6) / limit, min=1.0) * factor
 
 
 def steps_in_kernel(optimizer: torch.optim.Optimizer) -> bool:

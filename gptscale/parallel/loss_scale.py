@@ -14,10 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gptscale.config.schema import PrecisionConfig
+from gptscale.config.schema import MIN_LOSS_SCALE, PrecisionConfig
 
-MIN_LOSS_SCALE = 1.0
-"""Below this no step is taken: what overflows unscaled is a divergence, which the guard counts."""
 FACTOR = 2.0
 
 

@@ -10,13 +10,13 @@ import deepspeed
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from gptscale.config.schema import PrecisionConfig, TrainRoot
+from gptscale.config.schema import MIN_LOSS_SCALE, PrecisionConfig, TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import zero_config
 from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.gradients import average_gradients, gradient_norm, prepare_update, release_kernel
-from gptscale.parallel.loss_scale import MIN_LOSS_SCALE, LossScaler
+from gptscale.parallel.loss_scale import LossScaler
 from gptscale.parallel.noise import NoiseProbe, noise_estimates
 from gptscale.parallel.optimizer_state import updates_of
 from gptscale.parallel.plain import on_device
@@ -72,8 +72,8 @@ class ZeroEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         loss_scale = 1.0 if self._scaler is None else self._scaler.scale()
-        # DeepSpeed averages gradients over ranks; shares of a global mean have to be summed. In fp16 that factor is left to
-        # the end, where gradients are fp32: within backward the scale alone decides what overflows, on any layout.
+        # DeepSpeed averages gradients over ranks; shares of a global mean have to be summed. In fp16 that is left to
+        # the end, where gradients are fp32: in backward the scale alone decides what overflows, on any layout.
         factor = ranks.size if self._scaler is None else loss_scale
         clock = Clock(ranks.device)
         loss = torch.zeros((), device=ranks.device)

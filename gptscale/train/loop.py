@@ -73,7 +73,7 @@ def train(composed: Composed[TrainRoot], ranks: Ranks, stop: StopRequest) -> Non
     """
     settings = composed.settings
     split = check_run(settings, ranks.size)
-    prepare_torch(settings)
+    prepare_torch(settings, ranks)
     folder = RunFolder(settings.run)
     all_or_none(ranks, lambda: folder.open() if ranks.rank == 0 else None, f"opening {folder.path}")
     try:
@@ -176,7 +176,7 @@ def settle(session: Session) -> None:
     if taken is not None:
         numbers, session.since_s = taken.read(session.since_s)
         session.watcher.step(numbers)
-        session.guard.watch(numbers.progress.step, numbers.grad_norm)
+        session.guard.watch(numbers.progress.step, numbers.grad_norm, numbers.loss_scale)
 
 
 def save_run(session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from gptscale.checkpoint.trained import COMPUTE_TYPES
 from gptscale.config.rules import source_names
-from gptscale.config.schema import CorpusConfig, DataConfig, TrainRoot
+from gptscale.config.schema import CorpusConfig, DataConfig, PrecisionConfig, TrainRoot
 from gptscale.data.heldout import HeldoutBatches, heldout_batches
 from gptscale.data.prepare import corpus_folder
 from gptscale.data.stream import TrainingStream
@@ -22,13 +23,34 @@ from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
 
+LOG = logging.getLogger("gptscale.train")
 
-def prepare_torch(settings: TrainRoot) -> None:
-    """Threads, and determinism where it is asked for."""
+
+def prepare_torch(settings: TrainRoot, ranks: Ranks) -> None:
+    """Threads, the precision of fp32 products, and determinism where it is asked for.
+
+    Raises UserError, on every rank, where the device cannot compute as `precision` says.
+    """
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    use_precision(settings.precision, ranks)
     if settings.run.deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def use_precision(precision: PrecisionConfig, ranks: Ranks) -> None:
+    """Check the compute type against the device, and set whether fp32 products may use TF32."""
+    on_gpu = ranks.device.type == "cuda"
+    if precision.compute == "fp16" and not on_gpu:
+        raise UserError(
+            "precision.compute=fp16 needs a GPU: a CPU computes it slower than fp32\n"
+            "use precision=bf16 or precision=fp32 on the CPU"
+        )
+    if precision.tf32 and not on_gpu and ranks.rank == 0:
+        LOG.warning("precision.tf32 is ignored on a CPU: its fp32 products are fp32")
+    if precision.tf32 and on_gpu:
+        # Torch's newer switch, `backends.cuda.matmul.fp32_precision`, is not for mixing with code that reads the older.
+        torch.set_float32_matmul_precision("high")
 
 
 def build_model(settings: TrainRoot, vocab_size: int) -> GPT:

@@ -19,8 +19,8 @@ from gptscale.evaluate.samples import Sample
 from gptscale.model.count import flops_per_token
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.hardware import peak_flops
-from gptscale.train.metrics import MetricsFile
-from gptscale.train.noise_scale import NoiseScale
+from gptscale.train.metrics import MetricsFile, read_metrics
+from gptscale.train.noise import SCALE, SIGNAL, TRACE, NoiseWindow
 from gptscale.train.progress import Progress
 from gptscale.train.report import write_report
 from gptscale.train.run_folder import RunFolder
@@ -62,14 +62,14 @@ class Watcher:
         self._parameters = parameters
         own = settings.model.block == "gpt"  # of another block nobody but its author knows the operations
         self._flops_per_token = lru_cache(partial(flops_per_token, settings.model, corpora.vocab_size)) if own else None
-        peak = peak_flops(device_name(ranks.device), multiplied_in(settings.precision))
+        peak = peak_flops(device_name(ranks.device), products(settings.precision))
         self._peak_flops = None if peak is None else peak * ranks.size
         self._metrics = MetricsFile(folder.metrics, progress.step)
         self._samples = MetricsFile(folder.samples, progress.step)
+        self._noise = NoiseWindow(read_metrics(folder.metrics) if settings.train.noise_scale_every_steps else ())
         self._tracker: Tracker = build_tracker(settings.logging, folder.path, composed.public)
         self._started_step = progress.step
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
-        self._noise = NoiseScale(folder.metrics)
         self._evaluation: Evaluation | None = None
         self._announce(progress)
 
@@ -105,7 +105,8 @@ class Watcher:
         if numbers.loss_scale is not None:
             values["train/loss_scale"] = numbers.loss_scale
         if numbers.noise_signal is not None and numbers.noise_trace is not None:
-            values |= self._noise.add(numbers.noise_signal, numbers.noise_trace)
+            noise = {SIGNAL: numbers.noise_signal, TRACE: numbers.noise_trace}
+            values |= {**noise, SCALE: self._noise.scale(noise)}
         self._metrics.write(values)
         self._tracker.log(progress.step, values)
         first = progress.step == self._started_step + 1
@@ -233,13 +234,13 @@ def _heldout_values(prefix: str, loss: HeldoutLoss) -> dict[str, float]:
     }
 
 
-def multiplied_in(precision: PrecisionConfig) -> str:
-    """Name of the peak that a model's products can reach (`gptscale.runtime.hardware`)."""
-    return "tf32" if precision.compute == "fp32" and precision.tf32 else precision.compute
-
-
 def in_gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f} GiB"
+
+
+def products(precision: PrecisionConfig) -> str:
+    """By what name `hardware` knows the peak of matrix products in this precision."""
+    return "tf32" if precision.tf32 and precision.compute == "fp32" else precision.compute
 
 
 def device_name(device: torch.device) -> str:

@@ -23,13 +23,15 @@ def layout(engine: str, stage: int) -> list[str]:
 
 @pytest.mark.parametrize(("engine", "stage", "count"), LAYOUTS)
 def test_a_killed_run_goes_on_bit_for_bit(engine: str, stage: int, count: int, corpus: Path, tmp_path: Path) -> None:
-    whole = [*small_run(corpus, tmp_path / "whole"), *layout(engine, stage)]
+    noise = "train.noise_scale_every_steps=2"
+    whole = [*small_run(corpus, tmp_path / "whole"), *layout(engine, stage), noise]
     run_training(whole, count, tmp_path)
     expected = exact_part(read_metrics(tmp_path / "whole"))
     assert [line["step"] for line in expected if "train/loss" in line] == list(range(1, 13))
     assert len([line for line in expected if "eval/loss" in line]) == 4
+    assert [line["step"] for line in expected if "train/noise_scale_tokens" in line] == [2, 4, 6, 8, 10, 12]
 
-    killed = [*small_run(corpus, tmp_path / "killed"), *layout(engine, stage)]
+    killed = [*small_run(corpus, tmp_path / "killed"), *layout(engine, stage), noise]
     # Once between two checkpoints, and once while a checkpoint is being written.
     kill_when(killed, count, tmp_path, lambda folder: steps_in(folder) >= 5)
     assert steps_in(tmp_path / "killed") < 12, "the run ended before it was killed"

@@ -117,6 +117,44 @@ def test_bf16_sums_the_weight_gradient_in_fp32() -> None:
     assert (gradients[tokens] - expected).abs().max().item() < 0.01 * scale
 
 
+@pytest.mark.parametrize("gain", [None, 1024.0])
+def test_gradients_of_sure_predictions_survive_fp16_where_the_gain_is_foretold(gain: float | None) -> None:
+    """Tokens predicted with 1 − 1e-5 from small weights have gradients that fp16 rounds to zero, but for a loss scale.
+
+    Here they are computed before backward brings the scale: it has to be known, and applied before they are rounded.
+    """
+    torch.manual_seed(0)
+    weight = (torch.eye(16, 24) * 2**-9).requires_grad_()
+    targets = torch.arange(16).repeat(2)
+    sure = 7168 * torch.eye(16, 24)[targets]  # logits of 14 above those of the others
+    hidden = (sure + torch.randint(0, 500, sure.shape)).half().requires_grad_()
+    scale = 1024.0
+    loss = chunked_cross_entropy(hidden, weight, targets, 16, 16, gain=gain)
+    made = torch.autograd.grad(loss * scale, hidden)[0]
+    right = torch.autograd.grad(whole(hidden, weight, targets, 16) * scale, hidden)[0]
+    assert right.dtype == made.dtype == torch.float16
+    lost = float((right != 0)[made == 0].sum() / (right != 0).sum())
+    error = float((made.float() - right.float()).norm() / right.float().norm())
+    if gain is None:
+        assert lost > 0.5, "the control: most are gone, though fp16 could hold them"
+        assert error > 0.2
+    else:
+        # Logits are fp16 too: those of 14 are off by up to 2⁻⁸, and probabilities with them.
+        assert lost == 0
+        assert error < 0.01
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.3, 77.0])
+def test_a_gain_changes_nothing_in_fp32(gain: float) -> None:
+    hidden, weight, targets = case()
+    made = torch.autograd.grad(
+        chunked_cross_entropy(hidden, weight, targets, 37, 16, gain=gain) * 0.3, (hidden, weight)
+    )
+    right = torch.autograd.grad(chunked_cross_entropy(hidden, weight, targets, 37, 16) * 0.3, (hidden, weight))
+    for gradient, reference in zip(made, right, strict=True):
+        assert (gradient - reference).abs().max().item() < 1e-6 * reference.abs().max().item()
+
+
 def test_evaluation_does_no_gradient_work() -> None:
     hidden, weight, targets = case()
     training = count_matmuls(lambda: chunked_cross_entropy(hidden, weight, targets, 37, 16).backward())

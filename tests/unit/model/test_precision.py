@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from gptscale.config.schema import ModelConfig
+from gptscale.model.attention import AttentionKernel
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from tests.helpers.memory import saved_for_backward
-from tests.helpers.plain_gpt import GPT3, ROTARY, large_weights, random_batch
+from tests.helpers.plain_gpt import GPT3, ROTARY, VARIANTS, large_weights, random_batch
 
 VOCAB = 75
 TOKENS = 40
@@ -49,3 +50,35 @@ def test_no_cast_copy_of_a_matrix_outlives_forward(config: ModelConfig) -> None:
     copies = [t.shape for t in saved if tuple(t.shape) in shapes and t.data_ptr() not in matrices]
     assert not copies
     assert len([t for t in saved if t.data_ptr() in matrices]) >= 6 * config.layers
+
+
+@pytest.mark.parametrize("kernel", ["blocked", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt3_banded", "modern"])
+def test_fp16_gradients_are_right_at_any_size_of_batch(name: str, kernel: AttentionKernel) -> None:
+    """Scaled, as training does, they are those of fp32 to the 2⁻¹¹ of a chain of products. Unscaled, small ones are
+    gone: a token's weight in the mean is that of a batch of a million.
+    """
+    inputs_BT, targets_BT = random_batch(VOCAB, 3, TOKENS)
+    weight = 1e-6  # of a token in the mean
+    gradients = {}
+    for case, dtype, scale in (
+        ("fp32", torch.float32, 1.0),
+        ("scaled", torch.float16, 2.0**20),
+        ("unscaled", torch.float16, 1.0),
+    ):
+        model = large_weights(GPT(VARIANTS[name], VOCAB, TOKENS, dtype), std=0.15)
+        model.use_attention(kernel)
+        loss = model(inputs_BT, targets_BT, loss_gain=scale * weight)
+        (loss * weight * scale).backward()
+        gradients[case] = {key: p.grad / scale for key, p in model.named_parameters() if not key.endswith("k.bias")}
+    errors = {
+        case: max(
+            float((made - gradients["fp32"][key]).abs().max() / gradients["fp32"][key].abs().max())
+            for key, made in gradients[case].items()
+        )
+        for case in ("scaled", "unscaled")
+    }
+    print(name, kernel, errors)
+    assert all(gradient.isfinite().all() for gradient in gradients["scaled"].values())
+    assert errors["scaled"] < 0.01
+    assert errors["unscaled"] > 0.1, "the control"
