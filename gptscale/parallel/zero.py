@@ -13,7 +13,7 @@ from gptscale.flow import Batch, Piece, StepResult
 from gptscale.parallel.deepspeed_config import zero_config
 from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.gradients import average_gradients, clip_in_kernel, gradient_norm
-from gptscale.parallel.optimizer_state import updates_of
+from gptscale.parallel.optimizer_state import KnowsParameters, updates_of
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.zero_state import sharded_state
@@ -45,6 +45,8 @@ class ZeroEngine:
         self._optimizer: Any = self._engine.optimizer
         self._model: torch.nn.Module = self._engine.module
         self._state = sharded_state(self._stage, self._model, self._optimizer, ranks.rank, ranks.size)
+        if self._stage > 0 and isinstance(optimizer, KnowsParameters):
+            optimizer.bind(self._state.flats())
 
     def train_step(self, microbatches: Sequence[Batch], learning_rate: float) -> StepResult:
         ranks, engine = self._ranks, self._engine
