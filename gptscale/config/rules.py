@@ -147,7 +147,9 @@ def _check_ranges(settings: TrainRoot) -> None:
     _above_zero("launch.stop_timeout_s", settings.launch.stop_timeout_s, "60")
     if settings.launch.threads is not None:
         _at_least("launch.threads", settings.launch.threads, 1)
-    for name in ("beta1", "beta2"):
+    _at_least("optimizer.newton_schulz_steps", settings.optimizer.newton_schulz_steps, 1)
+    _above_zero("optimizer.update_rms", settings.optimizer.update_rms, "0.2")
+    for name in ("beta1", "beta2", "momentum"):
         beta = getattr(settings.optimizer, name)
         if not 0 <= beta < 1:
             raise UserError(f"optimizer.{name}={beta} is not a share below 1\nuse a value from 0 up to 1, e.g. 0.95")

@@ -178,6 +178,12 @@ class OptimizerConfig:
     """Applied to matrices only: no decay on norms, biases and position tables."""
     clip_norm: float = 1.0
     """0 turns clipping off."""
+    momentum: float = 0.95
+    """muon only, of the blocks' matrices; the rest of a model is AdamW's, with the same learning rate."""
+    newton_schulz_steps: int = 5
+    """muon only: how closely an update is made orthogonal."""
+    update_rms: float = 0.2
+    """muon only: size of an update at learning rate 1, so that AdamW's learning rates suit it (arXiv 2502.16982)."""
     options: dict[str, Option] = field(default_factory=dict)
     """Settings of an optimizer of your own."""
 

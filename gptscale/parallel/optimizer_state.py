@@ -6,14 +6,39 @@ say nothing. All are of the parameter's shape and start at zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from gptscale.flow import StateKind
 
 ADAM_KINDS: tuple[StateKind, ...] = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a part of a parameter lies in a flat tensor that is optimized in its place.
+
+    Elements [start, start + size) of the flattened parameter are elements [offset, offset + size) of the tensor.
+    """
+
+    parameter: str
+    """Canonical name."""
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    start: int
+    offset: int
+    size: int
+
+
+@runtime_checkable
+class KnowsParameters(Protocol):
+    """An optimizer that must know which parameters its tensors are parts of, because its update is not elementwise."""
+
+    def bind(self, flats: Sequence[tuple[torch.Tensor, Sequence[Span]]]) -> None:
+        """Called once, by an engine that has put these flat tensors in the parameters' place. A collective."""
 
 
 def kinds_of(group: Mapping[str, Any]) -> tuple[StateKind, ...]:

@@ -18,7 +18,7 @@ from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.gradients import average_gradients, gradient_norm, prepare_update, release_kernel
 from gptscale.parallel.loss_scale import LossScaler
 from gptscale.parallel.noise import NoiseProbe, noise_estimates
-from gptscale.parallel.optimizer_state import updates_of
+from gptscale.parallel.optimizer_state import KnowsParameters, updates_of
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.zero_state import sharded_state
@@ -58,6 +58,8 @@ class ZeroEngine:
                 self._optimizer.shares = ranks.size
         self._model: torch.nn.Module = self._engine.module
         self._state = sharded_state(self._stage, self._model, self._optimizer, ranks.rank, ranks.size)
+        if self._stage > 0 and isinstance(optimizer, KnowsParameters):
+            optimizer.bind(self._state.flats())
 
     def train_step(
         self, microbatches: Sequence[Batch], learning_rate: float, measure_noise: bool = False

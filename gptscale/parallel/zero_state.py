@@ -6,20 +6,27 @@ saves again on every stage and compares bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed
 
 from gptscale.flow import Piece, StateKind
-from gptscale.parallel.optimizer_state import kinds_by_parameter, kinds_of, set_step, stored
+from gptscale.parallel.optimizer_state import Span, kinds_by_parameter, kinds_of, set_step, stored
+
+Flat = tuple[torch.Tensor, list[Span]]
+"""A tensor that is optimized in place of parameters, and what this rank's holds of them."""
 
 
 class ShardedState(Protocol):
     """One stage's layout of state."""
 
     def pieces(self) -> list[Piece]: ...
+
+    def flats(self) -> list[Flat]:
+        """The flat tensors that are optimized in the parameters' place; as many on every rank, if there are any."""
+        ...
 
     def refresh(self, updates: int) -> None:
         """After a load: set the optimizer's step and bring the masters into every rank's model."""
@@ -56,6 +63,9 @@ class Replicated:
                         found.append(Piece(name, kind, tuple(parameter.shape), start, share, writes=part == self._rank))
         return found
 
+    def flats(self) -> list[Flat]:
+        return []
+
     def refresh(self, updates: int) -> None:
         for parameter in self._parameters.values():
             set_step(self._optimizer, parameter, self._kinds[id(parameter)], updates)
@@ -69,19 +79,27 @@ class FlatPartitions:
         self._names = names
 
     def pieces(self) -> list[Piece]:
+        groups = self._zero.optimizer.param_groups
+        return [
+            piece
+            for (flat, spans), group in zip(self.flats(), groups, strict=True)
+            for piece in _pieces(self._zero.optimizer, flat, spans, kinds_of(group))
+        ]
+
+    def flats(self) -> list[Flat]:
         zero = self._zero
-        found: list[Piece] = []
+        found: list[Flat] = []
         for group, flat in enumerate(zero.single_partition_of_fp32_groups):
-            kinds = kinds_of(zero.optimizer.param_groups[group])
             low = torch.distributed.get_rank(zero.real_dp_process_group[group]) * flat.numel()
+            spans: list[Span] = []
             members = zip(zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group], strict=True)
             for parameter, offset in members:
                 start = max(offset, low)
                 end = min(offset + parameter.numel(), low + flat.numel())
                 if start < end:
-                    for kind, values in stored(zero.optimizer, flat, kinds):
-                        name, shape = self._names[id(parameter)], tuple(parameter.shape)
-                        found.append(Piece(name, kind, shape, start - offset, values[start - low : end - low]))
+                    name, shape = self._names[id(parameter)], tuple(parameter.shape)
+                    spans.append(Span(name, shape, start - offset, start - low, end - start))
+            found.append((flat, spans))
         return found
 
     def refresh(self, updates: int) -> None:
@@ -99,20 +117,24 @@ class PartitionedParameters:
         self._names = names
 
     def pieces(self) -> list[Piece]:
-        return list(self._found())
+        return [
+            piece
+            for index, (flat, spans) in enumerate(self.flats())
+            for piece in _pieces(self._zero.optimizer, flat, spans, self._kinds(index))
+        ]
 
-    def _found(self) -> Iterator[Piece]:
+    def flats(self) -> list[Flat]:
         zero = self._zero
+        found: list[Flat] = [(flat, []) for flat in zero.fp32_partitioned_groups_flat]
         for sub_group in zero.fp16_groups:
             for parameter in sub_group:
                 index, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-                flat = zero.fp32_partitioned_groups_flat[index]
                 start = zero._get_param_partition_rank(parameter) * padded
                 count = min(start + padded, parameter.ds_numel) - start
                 if count > 0:
-                    for kind, values in stored(zero.optimizer, flat, self._kinds(index)):
-                        name, shape = self._names[id(parameter)], tuple(parameter.ds_shape)
-                        yield Piece(name, kind, shape, start, values[offset : offset + count])
+                    name, shape = self._names[id(parameter)], tuple(parameter.ds_shape)
+                    found[index][1].append(Span(name, shape, start, offset, count))
+        return found
 
     def refresh(self, updates: int) -> None:
         zero = self._zero
@@ -126,3 +148,12 @@ class PartitionedParameters:
 
     def _kinds(self, sub_group: int) -> tuple[StateKind, ...]:
         return kinds_of(self._zero.optimizer.param_groups[self._zero.sub_group_to_group_id[sub_group]])
+
+
+def _pieces(
+    optimizer: torch.optim.Optimizer, flat: torch.Tensor, spans: Sequence[Span], kinds: tuple[StateKind, ...]
+) -> Iterator[Piece]:
+    for span in spans:
+        for kind, values in stored(optimizer, flat, kinds):
+            here = values[span.offset : span.offset + span.size]
+            yield Piece(span.parameter, kind, span.shape, span.start, here)

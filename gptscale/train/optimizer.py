@@ -52,6 +52,34 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     )
 
 
+@OPTIMIZERS.register("muon")
+def muon(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Muon for the matrices of the blocks, AdamW for embedding, head, norms and biases (`gptscale.parallel.muon`)."""
+    from gptscale.parallel.muon import Muon
+
+    named = list(model.named_parameters())
+    matrices = [(name, p) for name, p in named if name.startswith("blocks.") and p.dim() == 2]
+    chosen = {name for name, _ in matrices}
+    group: Group = {
+        "name": "matrices",
+        "params": [parameter for _, parameter in matrices],
+        "parameters": [name for name, _ in matrices],
+        "weight_decay": config.weight_decay,
+        "orthogonal": True,
+        "state_kinds": ("momentum_buffer",),
+    }
+    others = parameter_groups(((name, p) for name, p in named if name not in chosen), config.weight_decay)
+    return Muon(
+        [*([group] if matrices else []), *({**other, "orthogonal": False} for other in others)],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        newton_schulz_steps=config.newton_schulz_steps,
+        update_rms=config.update_rms,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+    )
+
+
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raises UserError, with the near name, for one that is not registered."""
     OPTIMIZERS.get(config.name)

@@ -31,6 +31,8 @@ from gptscale.topology import BatchSplit, split_batch
 from gptscale.train.optimizer import build_optimizer
 
 STEPS, GLOBAL_BATCH, LENGTH, VOCABULARY = 10, 8, 32, 2000
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+"""AdamW's and Muon's."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Cell:
     recompute: bool = False
     """Activation checkpointing of every block on the layout under test; the plain reference keeps its activations."""
     learning_rate: float = 1e-3
+    optimizer: str = "adamw"
     clip_norm: float = 1.0
     seed: int = 0
     """Of the initial weights."""
@@ -59,6 +62,7 @@ CELLS = (
     Cell("modern-untied", "modern", False, "fp32"),
     Cell("recomputed", "modern", True, "fp32", recompute=True),
     Cell("skipped-step", "modern", True, "fp32", poisoned=3),
+    Cell("muon", "gpt3", True, "fp32", poisoned=3, optimizer="muon"),
 )
 
 
@@ -85,7 +89,9 @@ def settings(cell: Cell, engine: Literal["plain", "deepspeed"], stage: int, micr
         precision=PrecisionConfig(cell.compute),
         # With the usual epsilon of 1e-8 an element whose gradient is rounding noise moves by the whole learning rate:
         # one of 131,072 did, by 5e-5, between two plain runs that differ in the micro-batch alone.
-        optimizer=OptimizerConfig(learning_rate=cell.learning_rate, clip_norm=cell.clip_norm, epsilon=1e-5),
+        optimizer=OptimizerConfig(
+            cell.optimizer, learning_rate=cell.learning_rate, clip_norm=cell.clip_norm, epsilon=1e-5
+        ),
         data=DataConfig(sequence_length=LENGTH),
         train=TrainConfig(steps=STEPS, global_batch=GLOBAL_BATCH, micro_batch=micro_batch),
     )
@@ -121,8 +127,9 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
             result = engine.train_step(microbatches, cell.learning_rate)
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
-        if step == 0:  # Adam's first moment after one step is the clipped gradient, times 1 − β1
-            recorded |= {f"gradient:{name}": value for name, value in gathered(engine, "exp_avg").items()}
+        if step == 0:  # the first moment after one step is the clipped gradient, times 1 − β1 or 1 − momentum
+            for kind in FIRST_MOMENTS:
+                recorded |= {f"gradient:{name}": value for name, value in gathered(engine, kind).items()}
         sums = [engine.eval_step(batch) for batch in microbatches]
         heldout.append(float(ranks.sum_tensor(torch.stack(sums).sum())))
     recorded |= {f"weight:{name}": value for name, value in gathered(engine, "weight").items()}
@@ -136,7 +143,7 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         "updates": engine.updates(),
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "written": sum(piece.values.numel() for piece in pieces if piece.writes and piece.kind == "weight"),
-        "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind == "exp_avg"),
+        "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind in FIRST_MOMENTS),
         "weights_held": sum(getattr(p, "ds_tensor", p.data).numel() for p in model.parameters()),
     }
     return recorded, facts

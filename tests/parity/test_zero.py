@@ -72,7 +72,7 @@ def test_a_stage_equals_one_plain_process(stage: int, size: int, plain: dict[str
     ranks.run(run_cells, ["deepspeed", stage, 2, CELLS], size, tmp_path)
     for cell in CELLS:
         found, facts = record(tmp_path, cell, size)
-        assert_layout_is_real(facts, stage, size)
+        assert_layout_is_real(facts, cell, stage, size)
         differences = worst(plain[cell.name], found)
         print(cell.name, {key: f"{value:.1e}" for key, value in differences.items()})
         assert initial_weights_are_equal(plain[cell.name], found)
@@ -103,12 +103,12 @@ def initial_weights_are_equal(reference: Recorded, found: Recorded) -> bool:
     return all(reference[name].tobytes() == found[name].tobytes() for name in names)
 
 
-def assert_layout_is_real(facts: list[dict[str, Any]], stage: int, size: int) -> None:
+def assert_layout_is_real(facts: list[dict[str, Any]], cell: Cell, stage: int, size: int) -> None:
     classes = {1: "FlatZeroOptimizer", 2: "FlatZeroOptimizer", 3: "FlatZero3Optimizer"}
     for fact in facts:
         assert fact["engine"] == "ZeroEngine"
         assert fact["stage"] == stage
-        assert fact["optimizer"] == classes.get(stage, "AdamW")
+        assert fact["optimizer"] == classes.get(stage, "Muon" if cell.optimizer == "muon" else "AdamW")
         share = fact["parameters"] if stage == 0 else fact["parameters"] / size
         assert fact["moments_held"] == pytest.approx(share, rel=0.05)
         weights = fact["parameters"] / size if stage == 3 else fact["parameters"]
