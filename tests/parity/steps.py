@@ -29,8 +29,8 @@ from tests.helpers.syncs import counting
 from tests.parity.cells import CELLS, GLOBAL_BATCH, LENGTH, VOCABULARY, batches, gathered, poison, settings
 
 CELL = next(cell for cell in CELLS if cell.name == "gpt3-tied")
-FP16 = PrecisionConfig(compute="fp16", loss_scale=2.0**22, loss_scale_window=3)
-STEPS, SAVED, POISONED = 13, 8, 6
+FP16 = PrecisionConfig(compute="fp16", loss_scale=2.0**21, loss_scale_window=3)
+STEPS, SAVED, POISONED = 10, 6, 4
 
 
 @OPTIMIZERS.register("unfused")
@@ -178,3 +178,23 @@ def values(result: StepResult) -> tuple[float, float]:
 def state(engine: Engine) -> dict[str, Any]:
     kinds = {piece.kind for piece in engine.pieces()}
     return {f"{kind}:{name}": value for kind in kinds for name, value in gathered(engine, kind).items()}
+
+
+def wait_for_nothing(engine: Literal["plain", "deepspeed"], stage: int) -> None:
+    """On a CUDA device: steps in fp32 and bf16 in which torch raises where anything waits for the device."""
+    layout = Layout(engine, stage)
+    for compute in ("fp32", "bf16"):
+        root = replace(layout.settings, precision=PrecisionConfig(compute=compute))  # type: ignore[arg-type]
+        _, made = layout.build(root)
+        for number in range(2):
+            layout.step(made, number)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = layout.step(made, 2, noise=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert result.forward_backward_s is not None
+        assert result.update_s is not None
+        assert result.forward_backward_s > result.update_s > 0
+        assert np.isfinite(float(result.grad_norm))
+    layout.ranks.close()

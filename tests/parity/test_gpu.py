@@ -10,6 +10,9 @@ import torch
 
 from tests.helpers import ranks
 from tests.parity.cells import CELLS, Cell, run_cells
+from tests.parity.steps import wait_for_nothing
+from tests.parity.test_steps import check_fp16, check_waits_and_skips
+from tests.parity.test_steps import record as steps_of
 from tests.parity.test_zero import Recorded, record, worst
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +39,19 @@ def test_a_device_computes_what_a_cpu_does(
         print(cell.name, differences)
         assert differences["loss"] <= tolerance(cell)
         assert np.isfinite(found["loss"]).sum() >= len(found["loss"]) - (cell.poisoned is not None)
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+def test_a_step_waits_for_nothing(stage: int | None, tmp_path: Path) -> None:
+    ranks.run(wait_for_nothing, ["plain" if stage is None else "deepspeed", stage or 0], 1, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_on_a_device(stage: int, tmp_path: Path) -> None:
+    """The scale finds its value and is gone on with; that of the plain engine is compared on a CPU."""
+    found = steps_of(tmp_path / "found", "deepspeed", stage, 1, None)
+    check_waits_and_skips(found["fused"], waits=0)
+    check_fp16(found["fp16"])
 
 
 def tolerance(cell: Cell) -> float:

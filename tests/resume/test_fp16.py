@@ -22,7 +22,7 @@ def run(arguments: list[str], folder: Path, code: int = 0) -> str:
 
 
 def test_a_run_in_fp16_goes_on_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
-    fp16 = ["precision=fp16", "parallel=plain", "precision.loss_scale=1048576", "precision.loss_scale_window=3"]
+    fp16 = ["precision=fp16", "parallel=plain", "precision.loss_scale=4194304", "precision.loss_scale_window=3"]
     fp16 += ["guard.max_skipped_steps=2", "schedule.total_steps=12"]
     run([*small_run(corpus, tmp_path / "whole"), *fp16], tmp_path)
     run([*small_run(corpus, tmp_path / "twice"), *fp16, "train.steps=5"], tmp_path)
