@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gptscale.config.schema import ModelConfig
 from gptscale.model.blocked_attention import blocked_attention
+from gptscale.model.documents import Documents
 from gptscale.model.linear import Linear
 from gptscale.model.norm import RMSNorm
 from gptscale.model.positions import RotaryTable
@@ -59,7 +60,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cache: LayerCache | None = None, documents: Documents | None = None
+    ) -> Tensor:
         batch, tokens, _ = x_BTD.shape
         q_BTHW = self.q(x_BTD).view(batch, tokens, -1, self.head_width)
         k_BTKW = self.k(x_BTD).view(batch, tokens, -1, self.head_width)
@@ -75,7 +78,7 @@ class Attention(nn.Module):
             k_BTKW, v_BTKW = cache.extend(k_BTKW, v_BTKW)
             visible_BTS = self._within_window(cache)
         dropout = self.dropout if self.training else 0.0
-        y_BTHW = attend(q_BTHW, k_BTKW, v_BTKW, dropout, self.kernel, self.window, visible_BTS)
+        y_BTHW = attend(q_BTHW, k_BTKW, v_BTKW, dropout, self.kernel, self.window, visible_BTS, documents)
         y_BTD: Tensor = self.o(y_BTHW.reshape(batch, tokens, -1))
         return y_BTD
 
@@ -95,6 +98,7 @@ def attend(
     kernel: AttentionKernel = "auto",
     window: int | None = None,
     visible_BTS: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Attention over [B, T, heads, W] layouts → [B, T, H, W]; causal, or as `visible_BTS` says where it is given.
 
@@ -106,8 +110,8 @@ def attend(
     """
     if window is not None and window >= q_BTHW.shape[1]:
         window = None
-    if visible_BTS is None and window is not None:
-        return blocked_attention(q_BTHW, k_BSKW, v_BSKW, dropout, window)
+    if visible_BTS is None and (window is not None or documents is not None):
+        return blocked_attention(q_BTHW, k_BSKW, v_BSKW, dropout, window, None if documents is None else documents.starts_BT)
     if kernel == "auto":
         short = q_BTHW.shape[1] <= BLOCKED_MAX_TOKENS and q_BTHW.element_size() == 2
         kernel = "blocked" if q_BTHW.device.type == "cpu" and (dropout or short) else "sdpa"

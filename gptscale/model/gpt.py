@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from gptscale.config.rules import check_model
 from gptscale.config.schema import ModelConfig
 from gptscale.model.attention import Attention, AttentionKernel, LayerCache
+from gptscale.model.documents import Documents
 from gptscale.model.feedforward import FeedForward
 from gptscale.model.linear import linear
 from gptscale.model.loss import chunked_cross_entropy, soft_cap
@@ -73,8 +74,10 @@ class Block(nn.Module):
         self.feedforward_norm = build_norm(config)
         self.feedforward = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x_BTD = x_BTD + self._dropped(self.attention(self.attention_norm(x_BTD), cache))
+    def forward(
+        self, x_BTD: Tensor, cache: LayerCache | None = None, documents: Documents | None = None
+    ) -> Tensor:
+        x_BTD = x_BTD + self._dropped(self.attention(self.attention_norm(x_BTD), cache, documents=documents))
         return x_BTD + self._dropped(self.feedforward(self.feedforward_norm(x_BTD)))
 
     def _dropped(self, x_BTD: Tensor) -> Tensor:
@@ -152,15 +155,20 @@ class GPT(nn.Module):
         blocks = [(f"blocks.{i}", block) for i, block in enumerate(self.blocks)]
         return [("embedding", self.embedding), *blocks, ("head", self.head)]
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """fp32 scalar: sum of token losses over targets ≠ IGNORED_TARGET. The one entry of training and evaluation."""
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None) -> Tensor:
+        """fp32 scalar: sum of token losses over targets ≠ IGNORED_TARGET. The one entry of training and evaluation.
+
+        With `documents` a token sees nothing from before its document's start, and learned positions begin anew there.
+        """
         (_, embedding), *blocks, (_, head) = self.sequence()
-        x_BTD = embedding(inputs_BT)
+        within = {} if documents is None else {"documents": documents}
+        x_BTD = embedding(inputs_BT, None if documents is None else documents.positions_BT)
         for _, block in blocks:
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+                random = self.config.dropout > 0
+                x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=random, **within)
             else:
-                x_BTD = block(x_BTD)
+                x_BTD = block(x_BTD, **within)
         loss: Tensor = head(x_BTD, targets_BT)
         return loss
 

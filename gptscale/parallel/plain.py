@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gptscale.flow import Batch, Piece, StepResult
+from gptscale.model.documents import Documents
 from gptscale.parallel.gradients import clipped_step, gradient_norm
 from gptscale.parallel.optimizer_state import kinds_by_parameter, set_step, stored, updates_of
 
@@ -62,5 +63,7 @@ class PlainEngine:
             set_step(self._optimizer, parameter, self._kinds[id(parameter)], updates)
 
 
-def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return batch.inputs_BT.to(device, non_blocking=True), batch.targets_BT.to(device, non_blocking=True)
+def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
+    """What the model is called with."""
+    documents = None if batch.starts_BT is None else Documents(batch.starts_BT, device)
+    return batch.inputs_BT.to(device, non_blocking=True), batch.targets_BT.to(device, non_blocking=True), documents
