@@ -29,18 +29,18 @@ class Documents:
         """FlexAttention's masks of this batch, by window (`gptscale.model.flex_attention` makes them)."""
 
     @cached_property
-    def device_starts_BT(self) -> Tensor:
+    def starts_on_device(self) -> Tensor:
         """`starts_BT` on the device."""
         return self.starts_BT.to(self.device, non_blocking=True)
 
     @cached_property
-    def positions_BT(self) -> Tensor:
-        """Of each token within its document, from 0; int64 on the device. For learned positions.
+    def positions(self) -> Tensor:
+        """Of each token within its document, from 0: [B, T], int64 on the device. For learned positions.
 
         Rotary ones need no restart: a score depends on the distance of its two tokens alone, and both are of one
         document.
         """
-        return torch.arange(self.starts_BT.shape[1], device=self.device) - self.device_starts_BT
+        return torch.arange(self.starts_BT.shape[1], device=self.device) - self.starts_on_device
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
