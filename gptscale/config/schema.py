@@ -125,6 +125,8 @@ class DataConfig:
     """Prepared shards. Unset: `sources` are prepared once, under `corpora_dir`."""
     corpora_dir: str = "corpora"
     sequence_length: int = 256
+    document_mask: bool = False
+    """Tokens see only what is of their own document, in training and evaluation."""
     heldout_fraction: float = 0.02
     """Documents held out for evaluation, chosen by a hash of each document's identity."""
     shard_tokens: int = 134_217_728
@@ -204,6 +206,9 @@ class TrainConfig:
     """Length of the first sequences, where it is to double up to `data.sequence_length`."""
     length_tokens: int | None = None
     """Tokens over which sequences grow. Rows of `data.sequence_length` are cut: a step has as many tokens as ever."""
+    attention_kernel: Literal["auto", "fastest", "blocked", "sdpa", "flex", "flash", "varlen"] = "auto"
+    """`fastest`: timed when the run starts, and kept from then on. `auto`: the same, but by a fixed rule with
+    `run.deterministic`. Or one by name, for every layer. Changes speed, not the result beyond float order."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.steps",
     "train.tokens",
+    "train.attention_kernel",
     "schedule.total_steps",
     "schedule.decay_tokens",
     "plugins",

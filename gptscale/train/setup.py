@@ -54,7 +54,8 @@ def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
     """Open and check all prepared text. Raises UserError naming what is missing or damaged."""
     folders = corpus_configs(settings)
     length = settings.data.sequence_length
-    stream = TrainingStream(folders, length, settings.run.seed, verify=settings.data.verify)
+    documents = settings.data.document_mask
+    stream = TrainingStream(folders, length, settings.run.seed, settings.data.verify, documents)
     heldout = heldout_batches(
         Path(folders[0].path),
         length,
@@ -62,6 +63,7 @@ def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
         settings.evaluation.sequences,
         ranks.rank,
         ranks.size,
+        documents,
     )
     return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path).sha256)
 
