@@ -18,7 +18,7 @@ from gptscale.model.kernels import KERNELS, Case, KernelName
 
 WORTH_IT = 1.15
 """How many times faster than the rule's a kernel must be to be taken in its place: noise must not flip near ties."""
-LEAST_ROUNDS, MOST_ROUNDS = 3, 9
+LEAST_ROUNDS, MOST_ROUNDS = 5, 11
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Most that a kernel's results may differ from those of the rule's, as a share of the largest: far more than rounding,
 far less than any mistake."""

@@ -152,9 +152,9 @@ def _choose(
         return time_kernels(names, case, heads, sequences, starts_BT, budget_s, LOG.warning)
 
     times_s = all_or_none(ranks, measure, "timing attention kernels")
-    order = list(KERNELS)
-    best = order[tell_number(ranks, order.index(fastest(times_s, by_rule)) if times_s else 0)]
     if not ranks.agree(ranks.rank != 0 or bool(times_s)):
         return Chosen(by_rule, "by rule, too large to be timed here", keep=True)
+    order = list(KERNELS)
+    best = order[tell_number(ranks, order.index(fastest(times_s, by_rule)) if times_s else 0)]
     figures = ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in times_s.items())
     return Chosen(best, f"timed: {figures}", times_s, keep=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from gptscale.data.stream import TrainingStream
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.ranks import Ranks
+from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
 
 
@@ -32,7 +34,18 @@ def build_model(settings: TrainRoot, vocab_size: int) -> GPT:
     model = GPT(settings.model, vocab_size, settings.data.sequence_length, COMPUTE_TYPES[settings.precision.compute])
     model.activation_checkpointing = settings.parallel.activation_checkpointing
     initialise(model, settings.run.seed)
+    if settings.data.document_mask:
+        check_blocks(model, settings.model.block)
     return model
+
+
+def check_blocks(model: GPT, name: str) -> None:
+    """Raises UserError where a block of the user's own knows nothing of documents."""
+    if any("documents" not in inspect.signature(block.forward).parameters for block in model.blocks):
+        raise UserError(
+            f"data.document_mask=true, but the block {name} takes no documents\n"
+            "give its forward an argument `documents`, as gptscale.model.gpt.Block has, or set data.document_mask=false"
+        )
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ def document_starts(batch: int, tokens: int) -> Tensor:
     return torch.where(first_BT, torch.arange(tokens), 0).cummax(1).values
 
 
+def packed(*rows: list[int]) -> Tensor:
+    """Rows of documents of these lengths, for each token the position where its own begins."""
+    return torch.stack([torch.cat([torch.full((n,), sum(row[:i])) for i, n in enumerate(row)]) for row in rows])
+
+
 def check_kernel(
     kernel: KernelName,
     tokens: int,

@@ -10,7 +10,7 @@ from gptscale.model.attention import AttentionKernel, attend
 from gptscale.model.blocked_attention import QUERY_BLOCK, blocked_attention
 from gptscale.model.documents import Documents
 from gptscale.model.kernels import Case, KernelName, able
-from tests.helpers.attention import check_kernel, document_starts, plain, random_qkv
+from tests.helpers.attention import check_kernel, document_starts, packed, plain, random_qkv
 from tests.helpers.memory import peak_bytes, saved_for_backward, storage_bytes
 
 
@@ -112,9 +112,8 @@ def test_memory_grows_with_tokens_and_not_with_their_square(
     saved, peaks = {}, {}
     for tokens in (short, long):
         q, k, v = random_qkv(1, tokens, heads, heads, width)
-        # One document fills the second half: whatever grows with the longest one shows.
-        starts_BT = document_starts(1, tokens).clamp_(max=tokens // 2)
-        within = Documents(starts_BT, "cpu") if documents else None
+        # One document fills the second half: what grows with the longest one shows.
+        within = Documents(packed([tokens // 16] * 8 + [tokens // 2]), "cpu") if documents else None
 
         def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v, within: Documents | None = within) -> Tensor:
             return attend(q, k, v, dropout, kernel, window, documents=within)
