@@ -86,8 +86,8 @@ class Block(nn.Module):
 
 
 BuildBlock = Callable[[ModelConfig, int, RotaryTable | None], nn.Module]
-"""Settings, number of the layer, table of rotations (with `positions=rope`) → a module called as `Block` is: in generation
-with a cache, with `data.document_mask` with `documents=…`."""
+"""Settings, number of the layer, table of rotations (with `positions=rope`) → a module called as `Block` is: with a
+cache in generation, with `documents=…` where `data.document_mask` is set."""
 
 BLOCKS: Registry[BuildBlock] = Registry("model.block", "gptscale.blocks")
 BLOCKS.register("gpt")(Block)
