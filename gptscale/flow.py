@@ -54,6 +54,8 @@ class Batch:
     inputs_BT: Tensor
     targets_BT: Tensor
     loss_tokens: int
+    starts_BT: Tensor | None = None
+    """With document masks: for each token the position in its row at which its document begins; int64, on the host."""
 
 
 class Duration(Protocol):

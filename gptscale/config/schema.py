@@ -128,6 +128,8 @@ class DataConfig:
     """Prepared shards. Unset: `sources` are prepared once, under `corpora_dir`."""
     corpora_dir: str = "corpora"
     sequence_length: int = 256
+    document_mask: bool = False
+    """Tokens see only what is of their own document, in training and evaluation."""
     heldout_fraction: float = 0.02
     """Documents held out for evaluation, chosen by a hash of each document's identity."""
     shard_tokens: int = 134_217_728
@@ -225,6 +227,9 @@ class TrainConfig:
     noise_scale_every_steps: int = 0
     """How often the gradient noise scale is measured: the batch, in tokens, beyond which more is of little use. 0 is
     never. Needs two micro-batches a step, over all ranks together."""
+    attention_kernel: Literal["auto", "fastest", "blocked", "sdpa", "flex", "flash", "varlen"] = "auto"
+    """`fastest`: timed when the run starts, and kept from then on. `auto`: the same, but by a fixed rule with
+    `run.deterministic`. Or one by name, for every layer. Changes speed, not the result beyond float order."""
 
 
 @dataclass(frozen=True)

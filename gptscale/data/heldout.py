@@ -14,7 +14,7 @@ import torch
 
 from gptscale.data.corpus import open_split
 from gptscale.data.order import Ints
-from gptscale.data.rows import RowReader
+from gptscale.data.rows import RowReader, document_starts
 from gptscale.flow import IGNORED_TARGET, Batch
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
@@ -39,13 +39,18 @@ class HeldoutBatches:
         limit_sequences: int,
         data_rank: int,
         data_ranks: int,
+        document_mask: bool = False,
     ) -> None:
-        """`folder` is a prepared folder. Raises UserError where its held-out part is damaged or empty."""
+        """`folder` is a prepared folder. Raises UserError where its held-out part is damaged or empty.
+
+        With `document_mask` batches say where documents begin.
+        """
         self._reader = heldout_rows(folder, sequence_length)
         self.tokenizer_sha256: str = self._reader.corpus.manifest.tokenizer_sha256
         self._micro_batch = micro_batch
         self._data_rank = data_rank
         self._data_ranks = data_ranks
+        self._document_mask = document_mask
         self.sequences = heldout_count(self._reader, limit_sequences)
         """Sequences used, on all ranks together."""
         self.batches = math.ceil(self.sequences / (micro_batch * data_ranks))
@@ -76,7 +81,8 @@ class HeldoutBatches:
         inputs_BT[: len(rows_BT)] = rows_BT[:, :-1]
         real_BT = np.arange(length) < targets[:, None]
         targets_BT[: len(rows_BT)] = np.where(real_BT, rows_BT[:, 1:].astype(np.int64), IGNORED_TARGET)
-        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), loss_tokens=int(targets.sum()))
+        starts_BT = torch.from_numpy(document_starts(inputs_BT, end_of_text)) if self._document_mask else None
+        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), int(targets.sum()), starts_BT)
 
     def _totals(self) -> tuple[int, int]:
         byte_lengths = Tokenizer.load(self._reader.corpus.tokenizer_path).byte_lengths()
@@ -106,7 +112,13 @@ def heldout_count(reader: RowReader, limit_sequences: int) -> int:
 
 
 def heldout_batches(
-    folder: Path, sequence_length: int, micro_batch: int, limit_sequences: int, data_rank: int, data_ranks: int
+    folder: Path,
+    sequence_length: int,
+    micro_batch: int,
+    limit_sequences: int,
+    data_rank: int,
+    data_ranks: int,
+    document_mask: bool = False,
 ) -> HeldoutBatches:
     """This rank's evaluation batches over a prepared folder; see `HeldoutBatches`."""
-    return HeldoutBatches(folder, sequence_length, micro_batch, limit_sequences, data_rank, data_ranks)
+    return HeldoutBatches(folder, sequence_length, micro_batch, limit_sequences, data_rank, data_ranks, document_mask)

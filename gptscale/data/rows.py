@@ -75,3 +75,14 @@ class RowReader:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._files[number] = descriptor
         return descriptor
+
+
+def document_starts(inputs_NT: npt.NDArray[Any], end_of_text: int) -> npt.NDArray[np.int64]:
+    """For each token the position in its row at which its document begins: [N, T].
+
+    A document begins after an end_of_text, which is the last token of the one before, and with the row: what of it lies
+    in another row is out of sight anyway.
+    """
+    starts_NT = np.zeros(inputs_NT.shape, dtype=np.int64)
+    starts_NT[:, 1:] = (inputs_NT[:, :-1] == end_of_text) * np.arange(1, inputs_NT.shape[1])
+    return np.maximum.accumulate(starts_NT, axis=1)

@@ -23,7 +23,7 @@ from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
 from gptscale.data.corpus import Corpus, open_split
 from gptscale.data.order import ALGORITHM, Ints, Located, SampleOrder
-from gptscale.data.rows import RowReader
+from gptscale.data.rows import RowReader, document_starts
 from gptscale.flow import Batch
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
@@ -36,9 +36,17 @@ class TrainingStream:
     """The endless sequence of training samples: position → row, the same for every rank and layout."""
 
     def __init__(
-        self, corpora: tuple[CorpusConfig, ...], sequence_length: int, seed: int, verify: bool = False
+        self,
+        corpora: tuple[CorpusConfig, ...],
+        sequence_length: int,
+        seed: int,
+        verify: bool = False,
+        document_mask: bool = False,
     ) -> None:
-        """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError."""
+        """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError.
+
+        With `document_mask` batches say where documents begin.
+        """
         opened = [open_split(Path(corpus.path), "train", verify) for corpus in corpora]
         _refuse_mixed_tokenizers(opened)
         self._readers = [RowReader(corpus, sequence_length) for corpus in opened]
@@ -55,6 +63,7 @@ class TrainingStream:
         order = SampleOrder(tuple(reader.count for reader in self._readers), shares, seed)
         self._window = lru_cache(maxsize=4)(lambda number: order.locate(np.arange(_WINDOW) + number * _WINDOW))
         self.sequence_length = sequence_length
+        self.document_mask = document_mask
         self.vocab_size: int = opened[0].manifest.vocab_size
         self.end_of_text: int = opened[0].manifest.end_of_text
         self.tokenizer_path: Path = opened[0].tokenizer_path
@@ -82,6 +91,10 @@ class TrainingStream:
             of_corpus = located.corpus == number
             out_NT[of_corpus] = self._readers[number].read(located.sample[of_corpus])[0]
         return out_NT
+
+    def starts(self, inputs_BT: npt.NDArray[Any]) -> torch.Tensor | None:
+        """Where documents begin in these inputs, as `Batch.starts_BT` has it; None without document masks."""
+        return torch.from_numpy(document_starts(inputs_BT, self.end_of_text)) if self.document_mask else None
 
     def close(self) -> None:
         for reader in self._readers:
@@ -203,6 +216,8 @@ class StepFeed(Iterator[StepData]):
         """Rows as sequences of `length` tokens: each row as it is, or cut into several."""
         inputs_BT = torch.from_numpy(rows_BT[:, :-1].astype(np.int64).reshape(-1, length))
         targets_BT = torch.from_numpy(rows_BT[:, 1:].astype(np.int64).reshape(-1, length))
+        starts_BT = self._stream.starts(inputs_BT.numpy())
         if self._pin:
             inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
-        return Batch(inputs_BT, targets_BT, loss_tokens=targets_BT.numel())
+            starts_BT = None if starts_BT is None else starts_BT.pin_memory()
+        return Batch(inputs_BT, targets_BT, loss_tokens=targets_BT.numel(), starts_BT=starts_BT)

@@ -8,20 +8,19 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptscale.config.schema import ModelConfig
-from gptscale.model.blocked_attention import blocked_attention
+from gptscale.model.documents import Documents
+from gptscale.model.kernels import KERNELS, Case, KernelName, rule, torch_attention
 from gptscale.model.linear import Linear
 from gptscale.model.norm import RMSNorm
 from gptscale.model.positions import RotaryTable
 from gptscale.model.shape import head_width, kv_heads, qkv_bias, window_of_layer
 
-AttentionKernel = Literal["auto", "blocked", "sdpa"]
-
-BLOCKED_MAX_TOKENS = 256
-"""Up to this length `auto` takes `blocked` for half precision on a CPU."""
+AttentionKernel = KernelName | Literal["auto"]
+LayerKind = Literal["full", "window"]
+"""As in `model.attention_pattern`."""
 
 
 class LayerCache(Protocol):
@@ -48,9 +47,11 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = head_width(config)
         self.window = window_of_layer(config, layer)
+        self.kind: LayerKind = "full" if self.window is None else "window"
         self.dropout = config.dropout
         self.rotary = rotary
         self.kernel: AttentionKernel = "auto"
+        """What training uses; evaluation too, unless training has dropout, which only some kernels have."""
         q_width, kv_width = config.heads * self.head_width, kv_heads(config) * self.head_width
         self.q = Linear(config.width, q_width, qkv_bias(config))
         self.k = Linear(config.width, kv_width, qkv_bias(config))
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
         batch, tokens, _ = x_BTD.shape
         q_BTHW = self.q(x_BTD).view(batch, tokens, -1, self.head_width)
         k_BTKW = self.k(x_BTD).view(batch, tokens, -1, self.head_width)
@@ -75,7 +76,8 @@ class Attention(nn.Module):
             k_BTKW, v_BTKW = cache.extend(k_BTKW, v_BTKW)
             visible_BTS = self._within_window(cache)
         dropout = self.dropout if self.training else 0.0
-        y_BTHW = attend(q_BTHW, k_BTKW, v_BTKW, dropout, self.kernel, self.window, visible_BTS)
+        kernel: AttentionKernel = self.kernel if dropout == self.dropout else "auto"
+        y_BTHW = attend(q_BTHW, k_BTKW, v_BTKW, dropout, kernel, self.window, visible_BTS, documents)
         y_BTD: Tensor = self.o(y_BTHW.reshape(batch, tokens, -1))
         return y_BTD
 
@@ -95,37 +97,18 @@ def attend(
     kernel: AttentionKernel = "auto",
     window: int | None = None,
     visible_BTS: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Attention over [B, T, heads, W] layouts → [B, T, H, W]; causal, or as `visible_BTS` says where it is given.
 
-    A token sees the last `window` tokens, itself included, or all where there is none.
-
-    `kernel="auto"` takes torch's `scaled_dot_product_attention`, but `blocked` on a CPU in two cases. With dropout,
-    which torch's CPU kernel lacks: it would hold several T×T scores. In half precision up to `BLOCKED_MAX_TOKENS`
-    tokens, where `blocked` was measured faster (by a tenth here, more where the CPU has bf16 products).
+    A token sees the last `window` tokens, itself included, or all where there is none, and none before its document.
+    `auto` takes a kernel by rule (`gptscale.model.kernels.rule`). Raises ValueError where the one named cannot do it.
     """
-    if window is not None and window >= q_BTHW.shape[1]:
-        window = None
-    if visible_BTS is None and window is not None:
-        return blocked_attention(q_BTHW, k_BSKW, v_BSKW, dropout, window)
+    if visible_BTS is not None:
+        return torch_attention(q_BTHW, k_BSKW, v_BSKW, dropout, visible_BTS)
+    case = Case.of(q_BTHW, dropout, window, documents)
     if kernel == "auto":
-        short = q_BTHW.shape[1] <= BLOCKED_MAX_TOKENS and q_BTHW.element_size() == 2
-        kernel = "blocked" if q_BTHW.device.type == "cpu" and (dropout or short) else "sdpa"
-    if kernel == "blocked" and visible_BTS is None:
-        return blocked_attention(q_BTHW, k_BSKW, v_BSKW, dropout)
-    grouped = q_BTHW.shape[2] != k_BSKW.shape[2]
-    if grouped and q_BTHW.device.type == "cuda" and q_BTHW.element_size() > 2:
-        # Torch's CUDA kernel for wide types takes no groups: it would fall back to whole T×T scores.
-        group = q_BTHW.shape[2] // k_BSKW.shape[2]
-        k_BSKW, v_BSKW = k_BSKW.repeat_interleave(group, dim=2), v_BSKW.repeat_interleave(group, dim=2)
-        grouped = False
-    y_BHTW = F.scaled_dot_product_attention(
-        q_BTHW.transpose(1, 2),
-        k_BSKW.transpose(1, 2),
-        v_BSKW.transpose(1, 2),
-        attn_mask=None if visible_BTS is None else visible_BTS.unsqueeze(1),
-        dropout_p=dropout,
-        is_causal=visible_BTS is None,
-        enable_gqa=grouped,
-    )
-    return y_BHTW.transpose(1, 2)
+        kernel = rule(case)
+    elif (why := KERNELS[kernel].refusal(case)) is not None:
+        raise ValueError(f"attention kernel {kernel} cannot do {case}: {why}")
+    return KERNELS[kernel].attend(q_BTHW, k_BSKW, v_BSKW, dropout, case.window, documents)

@@ -44,7 +44,8 @@ def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) 
     PaLM (arXiv 2204.02311, appendix B) has 6 · N + 12 · layers · heads · head_width · T. Two things differ. N here is
     what multiplies a token (`matmul_parameter_count`): PaLM's counts every parameter, look-ups and norms too. And
     attention is counted causally: token t sees t of the T keys, or the last of them within a window, so the mean is
-    (T + 1) / 2 or less in place of T. Recomputed activations are not counted: this measures useful work.
+    (T + 1) / 2 or less in place of T. With document masks this is an upper bound: how much less a token sees depends on
+    where documents end. Recomputed activations are not counted: this measures useful work.
     """
     assert config.block == "gpt"
     seen = sum(_keys_seen(window_of_layer(config, layer), sequence_length) for layer in range(config.layers))

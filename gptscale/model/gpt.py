@@ -6,6 +6,7 @@ Shape legend: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -15,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gptscale.config.rules import check_model
 from gptscale.config.schema import ModelConfig
-from gptscale.model.attention import Attention, AttentionKernel, LayerCache
+from gptscale.model.attention import Attention, AttentionKernel, LayerCache, LayerKind
+from gptscale.model.documents import Documents
 from gptscale.model.feedforward import FeedForward
+from gptscale.model.kernels import KERNELS
 from gptscale.model.linear import linear
 from gptscale.model.loss import chunked_cross_entropy, soft_cap
 from gptscale.model.norm import build_norm
@@ -57,7 +60,8 @@ class Embedding(nn.Module):
         if self.scale != 1.0:
             x_BTD = x_BTD * self.scale
         if self.positions is not None:
-            here = self.positions[: ids_BT.shape[1]] if positions_BT is None else self.positions[positions_BT]
+            tokens = ids_BT.shape[1]
+            here = self.positions[:tokens] if positions_BT is None else F.embedding(positions_BT, self.positions)
             x_BTD = x_BTD + here
         return F.dropout(x_BTD.to(self.compute_dtype), self.dropout, self.training)
 
@@ -73,8 +77,8 @@ class Block(nn.Module):
         self.feedforward_norm = build_norm(config)
         self.feedforward = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x_BTD = x_BTD + self._dropped(self.attention(self.attention_norm(x_BTD), cache))
+    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
+        x_BTD = x_BTD + self._dropped(self.attention(self.attention_norm(x_BTD), cache, documents=documents))
         return x_BTD + self._dropped(self.feedforward(self.feedforward_norm(x_BTD)))
 
     def _dropped(self, x_BTD: Tensor) -> Tensor:
@@ -82,7 +86,8 @@ class Block(nn.Module):
 
 
 BuildBlock = Callable[[ModelConfig, int, RotaryTable | None], nn.Module]
-"""Settings, number of the layer, table of rotations (with `positions=rope`) → a module called as `Block` is."""
+"""Settings, number of the layer, table of rotations (with `positions=rope`) → a module called as `Block` is: with a
+cache in generation, with `documents=…` where `data.document_mask` is set."""
 
 BLOCKS: Registry[BuildBlock] = Registry("model.block", "gptscale.blocks")
 BLOCKS.register("gpt")(Block)
@@ -157,23 +162,28 @@ class GPT(nn.Module):
         self,
         inputs_BT: Tensor,
         targets_BT: Tensor | None = None,
+        documents: Documents | None = None,
         loss_gain: float | None = None,
         last_B: Tensor | None = None,
     ) -> Tensor:
         """fp32 scalar: sum of token losses over targets ≠ IGNORED_TARGET. The one entry of training and evaluation.
 
+        With `documents` a token sees nothing from before its document's start, and learned positions begin anew there.
         Without targets: `logits`, for engines whose hooks want to see every use of the model begin here.
         `loss_gain` foretells the gradient that backward will bring, which fp16 needs (`chunked_cross_entropy`).
         """
         if targets_BT is None:
             return self.logits(inputs_BT, last_B=last_B)
         (_, embedding), *blocks, (_, head) = self.sequence()
-        x_BTD = embedding(inputs_BT)
+        within = {} if documents is None else {"documents": documents}
+        x_BTD = embedding(inputs_BT, None if documents is None else documents.positions)
         for _, block in blocks:
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+                random = self.config.dropout > 0
+                again = partial(block, **within)
+                x_BTD = checkpoint(again, x_BTD, use_reentrant=False, preserve_rng_state=random)
             else:
-                x_BTD = block(x_BTD)
+                x_BTD = block(x_BTD, **within)
         loss: Tensor = head(x_BTD, targets_BT, loss_gain)
         return loss
 
@@ -195,11 +205,15 @@ class GPT(nn.Module):
         logits_BTV: Tensor = self.head(x_BTD)
         return logits_BTV
 
-    def use_attention(self, kernel: AttentionKernel) -> None:
-        """Sets the attention kernel of every block (`gptscale.model.attention.attend` says what `auto` takes)."""
+    def use_attention(self, kernel: AttentionKernel, kind: LayerKind | None = None) -> None:
+        """Sets the attention kernel of every layer of a kind, or of all layers.
+
+        Without a `kind`, window layers go by the rule where `kernel` has no windows.
+        """
+        windows = kernel == "auto" or KERNELS[kernel].windows
         for module in self.modules():
-            if isinstance(module, Attention):
-                module.kernel = kernel
+            if isinstance(module, Attention) and kind in (None, module.kind):
+                module.kernel = "auto" if kind is None and module.kind == "window" and not windows else kernel
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
         # Leaving the meta device makes new parameters one by one, which would untie the two.

@@ -10,6 +10,7 @@ import torch
 
 from gptscale.config.schema import TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
+from gptscale.model.documents import Documents
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.gradients import gradient_norm, prepare_update, release_kernel
 from gptscale.parallel.loss_scale import DynamicScale, LossScaler
@@ -106,5 +107,7 @@ class PlainEngine:
             set_step(self._optimizer, parameter, self._kinds[id(parameter)], updates)
 
 
-def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return batch.inputs_BT.to(device, non_blocking=True), batch.targets_BT.to(device, non_blocking=True)
+def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
+    """What the model is called with."""
+    documents = None if batch.starts_BT is None else Documents(batch.starts_BT, device)
+    return batch.inputs_BT.to(device, non_blocking=True), batch.targets_BT.to(device, non_blocking=True), documents

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from gptscale.checkpoint.agreement import all_or_none
@@ -17,6 +18,7 @@ from gptscale.config.step_plan import StepPlan, run_steps, schedule_tokens, step
 from gptscale.data.stream import StepData, StepFeed
 from gptscale.evaluate.heldout import evaluate_sets
 from gptscale.evaluate.samples import greedy_samples
+from gptscale.model.gpt import GPT
 from gptscale.parallel.engine import Engine, build_engine
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.errors import StoppedError
@@ -25,6 +27,7 @@ from gptscale.runtime.signals import StopRequest
 from gptscale.topology import BatchSplit
 from gptscale.train.check import check_run
 from gptscale.train.guard import Guard
+from gptscale.train.kernels import as_json, check_kernel, choose_kernels, described, kept
 from gptscale.train.optimizer import build_optimizer
 from gptscale.train.progress import Progress
 from gptscale.train.run_folder import RunFolder
@@ -32,7 +35,7 @@ from gptscale.train.saving import resume, save
 from gptscale.train.schedule import learning_rate
 from gptscale.train.setup import Corpora, build_model, open_corpora, prepare_torch
 from gptscale.train.taken_step import TakenStep
-from gptscale.train.watcher import Watcher
+from gptscale.train.watcher import Watcher, device_name
 
 LOG = logging.getLogger("gptscale.train")
 
@@ -89,6 +92,7 @@ def train_in(
     settings = composed.settings
     corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks), "opening the data")
     model = build_model(settings, corpora.vocab_size)
+    all_or_none(ranks, lambda: check_kernel(model, settings, ranks.device), "choosing attention kernels")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, build_optimizer(model, settings.optimizer), settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)
@@ -103,6 +107,7 @@ def train_in(
             folder.write_identity(composed.to_yaml(), corpora.stream.tokenizer_path)
 
     all_or_none(ranks, open_folder, f"writing {folder.path}")
+    progress = choose_attention(model, settings, folder, corpora, progress, ranks)
     session = Session(
         composed=composed,
         ranks=ranks,
@@ -121,6 +126,22 @@ def train_in(
         run_to_end(session, stop)
     finally:
         session.watcher.close()
+
+
+def choose_attention(
+    model: GPT, settings: TrainRoot, folder: RunFolder, corpora: Corpora, progress: Progress, ranks: Ranks
+) -> Progress:
+    """Find and record the attention kernels of the run. A collective."""
+    inputs_BT = corpora.stream.rows(np.arange(settings.train.micro_batch))[:, :-1]
+    choice = choose_kernels(model, settings, corpora.stream.starts(inputs_BT), progress.attention_kernels, ranks)
+
+    def write() -> None:
+        if ranks.rank == 0:
+            LOG.info(described(choice))
+            folder.write_kernels(as_json(choice, device_name(ranks.device)))
+
+    all_or_none(ranks, write, f"writing {folder.path}")
+    return replace(progress, attention_kernels=kept(choice))
 
 
 def run_to_end(session: Session, stop: StopRequest) -> None:

@@ -17,6 +17,8 @@ class Progress:
     sample_hash: int = 0
     """Running sum, modulo 2⁶⁴, of the hashes of all samples used."""
     skipped_in_a_row: int = 0
+    attention_kernels: Mapping[str, str] = field(default_factory=dict)
+    """Kernels that were chosen by timing, by kind of layer: a resumed run computes with the same ones."""
 
     def advanced(self, samples: int, tokens: int, sample_hash: int) -> Progress:
         """One optimizer step further."""
@@ -40,4 +42,5 @@ class Progress:
             tokens=values["tokens"],
             sample_hash=int(values["sample_hash"], 16),
             skipped_in_a_row=values["skipped_in_a_row"],
+            attention_kernels=values.get("attention_kernels", {}),  # older checkpoints have none
         )

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.tokens",
     "train.noise_scale_every_steps",
+    "train.attention_kernel",
     "schedule.total_steps",
     "schedule.decay_tokens",
     "plugins",

@@ -46,6 +46,11 @@ class RunFolder:
             write_bytes_atomically(self.path / "config.yaml", config_yaml.encode())
             write_bytes_atomically(self.path / TOKENIZER, content)
 
+    def write_kernels(self, content: str) -> None:
+        """Record which attention kernels the run computes with, and what timing them gave."""
+        with self.explained():
+            write_bytes_atomically(self.path / "attention.json", content.encode())
+
     def open_logs(self, rank: int) -> None:
         """From now on what a rank says is in `logs/rank-N.log` too."""
         with self.explained():

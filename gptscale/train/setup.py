@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator
@@ -58,7 +59,18 @@ def build_model(settings: TrainRoot, vocab_size: int) -> GPT:
     model = GPT(settings.model, vocab_size, settings.data.sequence_length, COMPUTE_TYPES[settings.precision.compute])
     model.activation_checkpointing = settings.parallel.activation_checkpointing
     initialise(model, settings.run.seed)
+    if settings.data.document_mask:
+        check_blocks(model, settings.model.block)
     return model
+
+
+def check_blocks(model: GPT, name: str) -> None:
+    """Raises UserError where a block of the user's own knows nothing of documents."""
+    if any("documents" not in inspect.signature(block.forward).parameters for block in model.blocks):
+        raise UserError(
+            f"data.document_mask=true, but the block {name} takes no documents\n"
+            "give its forward an argument `documents`, as gptscale.model.gpt.Block has, or set data.document_mask=false"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
     """Open and check all prepared text. Raises UserError naming what is missing or damaged."""
     folders = corpus_configs(settings)
     length = settings.data.sequence_length
-    stream = TrainingStream(folders, length, settings.run.seed, verify=settings.data.verify)
+    stream = TrainingStream(folders, length, settings.run.seed, settings.data.verify, settings.data.document_mask)
     heldout = tuple(open_heldout(settings, folders, stream, ranks))
     return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path))
 
@@ -97,7 +109,8 @@ def open_heldout(
     def batches(folder: str, sequences: int | None) -> HeldoutBatches:
         limit = settings.evaluation.sequences if sequences is None else sequences
         length, micro_batch = settings.data.sequence_length, settings.train.micro_batch
-        return heldout_batches(Path(folder), length, micro_batch, limit, ranks.rank, ranks.size)
+        documents = settings.data.document_mask
+        return heldout_batches(Path(folder), length, micro_batch, limit, ranks.rank, ranks.size, documents)
 
     names = source_names(settings.data) or (None,)
     for corpus, name, share in zip(folders, names, stream.shares, strict=True):

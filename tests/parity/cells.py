@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from gptscale.config.schema import (
     TrainConfig,
     TrainRoot,
 )
+from gptscale.data.rows import document_starts
 from gptscale.flow import IGNORED_TARGET, Batch
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
@@ -33,6 +34,7 @@ from gptscale.train.optimizer import build_optimizer
 STEPS, GLOBAL_BATCH, LENGTH, VOCABULARY = 10, 8, 32, 2000
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 """AdamW's and Muon's."""
+END_OF_TEXT = 7
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Cell:
     """Targets that carry no loss, more of them in every next sequence: micro-batches and ranks weigh differently."""
     poisoned: int | None = None
     """A step whose batch makes the loss infinite."""
+    documents: bool = False
+    """Rows of several documents, which do not see each other."""
+    windows: bool = False
+    """Every other layer looks back on a few tokens only."""
     recompute: bool = False
     """Activation checkpointing of every block on the layout under test; the plain reference keeps its activations."""
     learning_rate: float = 1e-3
@@ -63,6 +69,7 @@ CELLS = (
     Cell("recomputed", "modern", True, "fp32", recompute=True),
     Cell("skipped-step", "modern", True, "fp32", poisoned=3),
     Cell("muon", "gpt3", True, "fp32", poisoned=3, optimizer="muon"),
+    Cell("documents", "gpt3", True, "fp32", documents=True, windows=True, recompute=True),
 )
 
 
@@ -83,6 +90,8 @@ def settings(cell: Cell, engine: Literal["plain", "deepspeed"], stage: int, micr
             feedforward="swiglu",
             bias=False,
         )
+    if cell.windows:
+        model = replace(model, attention_pattern=("full", "window"), window=5)
     return TrainRoot(
         model=model,
         parallel=ParallelConfig(engine=engine, zero_stage=stage),
@@ -161,11 +170,15 @@ def batches(step: int, cell: Cell, split: BatchSplit, data_rank: int) -> list[Ba
     if cell.masks:
         for row in range(GLOBAL_BATCH):
             targets[row, : 3 * row] = IGNORED_TARGET
+    starts = torch.from_numpy(document_starts(np.where(rows[:, :-1] < VOCABULARY // 8, END_OF_TEXT, 0), END_OF_TEXT))
     mine = list(split.rows(data_rank))
     return [
-        Batch(inputs, marked, int((marked != IGNORED_TARGET).sum()))
-        for inputs, marked in zip(
-            rows[mine, :-1].split(split.micro_batch), targets[mine].split(split.micro_batch), strict=True
+        Batch(inputs, marked, int((marked != IGNORED_TARGET).sum()), begins if cell.documents else None)
+        for inputs, marked, begins in zip(
+            rows[mine, :-1].split(split.micro_batch),
+            targets[mine].split(split.micro_batch),
+            starts[mine].split(split.micro_batch),
+            strict=True,
         )
     ]
 

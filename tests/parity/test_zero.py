@@ -121,6 +121,7 @@ CONTROLS = {
     "loss weights": {"masks": False},
     "clipping": {"clip_norm": 0.5},
     "seed": {"seed": 1},
+    "document masks": {"documents": True},
 }
 
 

@@ -14,6 +14,7 @@ from gptscale.data.shards import MANIFEST
 from gptscale.flow import IGNORED_TARGET
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
+from tests.unit.data.test_stream import starts_by_definition
 
 
 def pairs(folder: Path, length: int, limit: int) -> list[tuple[int, int]]:
@@ -63,6 +64,17 @@ def test_the_batches_can_be_read_again(prepared: Path) -> None:
     batches = heldout_batches(prepared, 32, 4, 10, 0, 2)
     for first, second in zip(batches, batches, strict=True):
         assert torch.equal(first.inputs_BT, second.inputs_BT)
+
+
+def test_batches_say_where_documents_begin(prepared: Path) -> None:
+    end_of_text = Tokenizer.load(prepared / "tokenizer.model").end_of_text
+    masked = list(heldout_batches(prepared, 200, 4, 10, 0, 1, document_mask=True))
+    for batch, without in zip(masked, heldout_batches(prepared, 200, 4, 10, 0, 1), strict=True):
+        assert torch.equal(batch.inputs_BT, without.inputs_BT)
+        assert without.starts_BT is None
+        assert batch.starts_BT is not None
+        assert batch.starts_BT.tolist() == starts_by_definition(batch.inputs_BT, end_of_text)
+    assert any((batch.starts_BT > 0).any() for batch in masked if batch.starts_BT is not None)
 
 
 def test_an_unfinished_heldout_part_is_refused(prepared: Path, tmp_path: Path) -> None:

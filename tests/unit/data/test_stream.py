@@ -281,3 +281,34 @@ def test_a_growing_batch_of_growing_sequences_uses_the_same_samples(prepared: Pa
     assert lengths == sorted(lengths)
     expected = stream.rows(np.arange(sum(batches)))[:, :-1].astype(np.int64)
     assert np.array_equal(torch.cat(seen).numpy(), expected)
+
+
+def test_batches_say_where_documents_begin(prepared: Path) -> None:
+    """By definition, token by token; also where growing sequences cut rows. Samples and their hash stay the same."""
+    plan = StepPlan(8, LENGTH, length_from=8, length_samples=40)
+    split = split_batch(8, 4, 1)
+    masked = TrainingStream((CorpusConfig(str(prepared)),), LENGTH, 0, document_mask=True)
+    assert masked.identity == one(prepared).identity
+    lengths, inside = set(), 0
+    with StepFeed(masked, plan, split, 0, 0) as feed, StepFeed(one(prepared), plan, split, 0, 0) as plainly:
+        for _ in range(12):
+            step, other = next(feed), next(plainly)
+            assert step.sample_hash == other.sample_hash
+            for batch, without in zip(step.microbatches, other.microbatches, strict=True):
+                assert torch.equal(batch.inputs_BT, without.inputs_BT)
+                assert without.starts_BT is None
+                assert batch.starts_BT is not None
+                assert batch.starts_BT.dtype == torch.int64
+                assert batch.starts_BT.tolist() == starts_by_definition(batch.inputs_BT, masked.end_of_text)
+                lengths.add(batch.inputs_BT.shape[1])
+                inside += int((batch.starts_BT > 0).any())
+    assert lengths == {8, 16, 32}
+    assert inside > 5, "documents end within rows"
+
+
+def starts_by_definition(inputs_BT: torch.Tensor, end_of_text: int) -> list[list[int]]:
+    found = []
+    for row in inputs_BT.tolist():
+        begins = [place for place in range(len(row)) if place == 0 or row[place - 1] == end_of_text]
+        found.append([max(begin for begin in begins if begin <= place) for place in range(len(row))])
+    return found

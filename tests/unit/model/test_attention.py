@@ -6,89 +6,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptscale.model.attention import attend
+from gptscale.model.attention import AttentionKernel, attend
 from gptscale.model.blocked_attention import QUERY_BLOCK, blocked_attention
+from gptscale.model.documents import Documents
+from gptscale.model.kernels import Case, KernelName, able
+from tests.helpers.attention import check_kernel, document_starts, packed, plain, random_qkv
 from tests.helpers.memory import peak_bytes, saved_for_backward, storage_bytes
-
-
-def plain(
-    q_BTHW: Tensor, k_BTKW: Tensor, v_BTKW: Tensor, window: int | None = None, starts_BT: Tensor | None = None
-) -> Tensor:
-    q, k, v = (x.double().transpose(1, 2) for x in (q_BTHW, k_BTKW, v_BTKW))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    if window is not None:
-        hidden = hidden | torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-window)
-    if starts_BT is not None:
-        hidden = hidden | (torch.arange(scores.shape[-1]) < starts_BT.unsqueeze(-1)).unsqueeze(1)
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2)
-
-
-def random_qkv(
-    batch: int, tokens: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    q = (2 * torch.randn(batch, tokens, heads, width)).to(dtype).requires_grad_()
-    k = (2 * torch.randn(batch, tokens, kv_heads, width)).to(dtype).requires_grad_()
-    v = torch.randn(batch, tokens, kv_heads, width).to(dtype).requires_grad_()
-    return q, k, v
 
 
 @pytest.mark.parametrize("kernel", ["blocked", "sdpa"])
 @pytest.mark.parametrize(
-    "shape",
+    ("tokens", "heads", "width"),
     [
-        (2, 1, 2, 2, 8),
-        (3, 20, 4, 4, 16),
-        (2, QUERY_BLOCK, 2, 1, 8),
-        (2, QUERY_BLOCK + 1, 4, 2, 12),
-        (1, 2 * QUERY_BLOCK + 57, 6, 2, 8),
+        (1, (2, 2), 8),
+        (20, (4, 4), 16),
+        (QUERY_BLOCK, (2, 1), 8),
+        (QUERY_BLOCK + 1, (4, 2), 12),
+        (2 * QUERY_BLOCK + 57, (6, 2), 8),
     ],
 )
-def test_values_and_gradients(kernel: str, shape: tuple[int, int, int, int, int]) -> None:
-    q, k, v = random_qkv(*shape)
-    y = attend(q, k, v, kernel=kernel)  # type: ignore[arg-type]
-    expected = plain(q, k, v)
-    weights = torch.randn_like(y)
-    assert y.shape == q.shape
-    assert (y - expected).abs().max().item() < 1e-5
-    # Noise is measured against the largest gradient of all three: with one token those of q and k are zero.
-    made = torch.autograd.grad(y, (q, k, v), weights)
-    right = torch.autograd.grad(expected, (q, k, v), weights.double())
-    scale = max(g.abs().max().item() for g in right)
-    for gradient, reference in zip(made, right, strict=True):
-        assert (gradient - reference).abs().max().item() < 1e-5 * scale
+def test_values_and_gradients(kernel: KernelName, tokens: int, heads: tuple[int, int], width: int) -> None:
+    check_kernel(kernel, tokens, heads=heads, width=width)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 40, 10_000])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("tokens", [20, 2 * QUERY_BLOCK + 57])
 def test_windows_and_documents(window: int | None, documents: bool, tokens: int) -> None:
-    q, k, v = random_qkv(3, tokens, 4, 2, 8)
-    starts_BT = document_starts(3, tokens) if documents else None
-    y = blocked_attention(q, k, v, window=window, starts_BT=starts_BT)
-    expected = plain(q, k, v, window, starts_BT)
-    weights = torch.randn_like(y)
-    assert (y - expected).abs().max().item() < 1e-5
-    made = torch.autograd.grad(y, (q, k, v), weights)
-    right = torch.autograd.grad(expected, (q, k, v), weights.double())
-    scale = max(g.abs().max().item() for g in right)
-    for gradient, reference in zip(made, right, strict=True):
-        assert (gradient - reference).abs().max().item() < 1e-5 * scale
-    # Controls: a wrong bound shows, where it is shorter than the documents are.
-    if window is not None and window < (30 if documents else tokens):
-        assert (y - plain(q, k, v, window + 1, starts_BT)).abs().max().item() > 1e-2
-    if documents and window != 1:
-        assert (y - plain(q, k, v, window)).abs().max().item() > 1e-2
-
-
-def document_starts(batch: int, tokens: int) -> Tensor:
-    """Rows with documents of 1 to 60 tokens, for each token the position where its own begins."""
-    generator = torch.Generator().manual_seed(1)
-    first_BT = torch.rand(batch, tokens, generator=generator) < 0.05
-    first_BT[:, 0] = True
-    return torch.where(first_BT, torch.arange(tokens), 0).cummax(1).values
+    within = Documents(document_starts(1, tokens), "cpu") if documents else None
+    case = Case.of(torch.empty(1, tokens, 1, 8), 0.0, window, within)
+    here = able(case)
+    assert here == (["blocked"] if documents or case.window is not None else ["sdpa", "blocked"])
+    for kernel in here:
+        check_kernel(kernel, tokens, window, documents, width=8)
 
 
 def test_dropout_within_a_window() -> None:
@@ -145,22 +95,31 @@ def test_choice_of_kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "dropout", "window"),
-    [("blocked", 0.0, None), ("auto", 0.1, None), ("auto", 0.0, None), ("auto", 0.0, 100)],
+    ("kernel", "dropout", "window", "documents"),
+    [
+        ("blocked", 0.0, None, False),
+        ("auto", 0.1, None, False),
+        ("auto", 0.0, None, False),
+        ("auto", 0.0, 100, False),
+        ("auto", 0.0, None, True),
+        ("auto", 0.0, 100, True),
+    ],
 )
-def test_memory_grows_with_tokens_and_not_with_their_square(kernel: str, dropout: float, window: int | None) -> None:
+def test_memory_grows_with_tokens_and_not_with_their_square(
+    kernel: AttentionKernel, dropout: float, window: int | None, documents: bool
+) -> None:
     heads, width, short, long = 4, 16, 256, 1024
     saved, peaks = {}, {}
     for tokens in (short, long):
         q, k, v = random_qkv(1, tokens, heads, heads, width)
+        # One document fills the second half: what grows with the longest one shows.
+        within = Documents(packed([tokens // 16] * 8 + [tokens // 2]), "cpu") if documents else None
 
-        def step(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
-            attend(q, k, v, dropout, kernel, window).sum().backward()  # type: ignore[arg-type]
+        def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v, within: Documents | None = within) -> Tensor:
+            return attend(q, k, v, dropout, kernel, window, documents=within)
 
-        saved[tokens] = storage_bytes(
-            saved_for_backward(lambda q=q, k=k, v=v: attend(q, k, v, dropout, kernel, window))  # type: ignore[misc]
-        )
-        peaks[tokens] = peak_bytes(step)
+        saved[tokens] = storage_bytes(saved_for_backward(forward))
+        peaks[tokens] = peak_bytes(lambda forward=forward: forward().sum().backward())  # type: ignore[misc]
     one_square_bytes = heads * long * long * 4
     assert saved[long] <= 4 * saved[short]
     # Four times the tokens: less than six times the memory, where squares would take sixteen times.
