@@ -24,6 +24,8 @@ from gptscale.topology import BatchSplit
 from gptscale.train.check import check_run
 from gptscale.train.guard import Guard
 from gptscale.train.optimizer import build_optimizer
+from gptscale.train.profile_page import DATA, TRAIN
+from gptscale.train.profiler import StepProfiler, span
 from gptscale.train.progress import Progress
 from gptscale.train.run_folder import RunFolder
 from gptscale.train.saving import resume, save
@@ -47,6 +49,7 @@ class Session:
     progress: Progress
     watcher: Watcher
     guard: Guard
+    profiler: StepProfiler
     plan: StepPlan
     total_steps: int
     schedule_tokens: int
@@ -104,6 +107,7 @@ def train_in(
         progress=progress,
         watcher=Watcher(composed, folder, corpora, progress, ranks, parameters),
         guard=Guard(settings.guard, progress.skipped_in_a_row),
+        profiler=StepProfiler(settings.profile, folder.path, ranks.rank, ranks.size, ranks.device),
         plan=step_plan(settings),
         total_steps=total_steps,
         schedule_tokens=schedule_tokens(settings),
@@ -111,15 +115,18 @@ def train_in(
     try:
         run_to_end(session, stop)
     finally:
+        session.profiler.close()
         session.watcher.close()
 
 
 def run_to_end(session: Session, stop: StopRequest) -> None:
     settings, total_steps = session.settings, session.total_steps
     start = session.progress.position.samples
+    session.profiler.announce(session.progress.step, total_steps)
     with StepFeed(session.corpora.stream, session.plan, session.split, session.ranks.rank, start) as feed:
         while session.progress.step < total_steps:
-            stopping = one_step(session, feed, stop)
+            with session.profiler.step(session.progress.step + 1, total_steps):
+                stopping = one_step(session, feed, stop)
             step = session.progress.step
             last = step == total_steps
             if last or due(step, settings.evaluation.every_steps):
@@ -137,13 +144,15 @@ def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> b
     """One optimizer step and its line of metrics. True where a rank was asked to stop: all ranks learn it together."""
     settings, progress, ranks = session.settings, session.progress, session.ranks
     started_s = time.perf_counter()
-    data = next(feed)
+    with span(DATA):
+        data = next(feed)
     samples = session.plan.batch(progress.position.samples)
     after = progress.tokens + samples * session.plan.sequence_length
     rate = learning_rate(after, settings.schedule, settings.optimizer.learning_rate, session.schedule_tokens)
     # Dropout is a function of seed, step and rank, so a resumed run needs no generator's state.
     torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.rank))
-    result = session.engine.train_step(data.microbatches, rate)
+    with span(TRAIN):
+        result = session.engine.train_step(data.microbatches, rate)
     sample_hash, stopping = ranks.sum([data.sample_hash, int(stop.requested)])
     loss, grad_norm = float(result.loss), float(result.grad_norm)
     progress = progress.advanced(samples, samples * session.plan.sequence_length, sample_hash)

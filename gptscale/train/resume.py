@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "launch",
     "parallel",
     "logging",
+    "profile",
     "checkpoint",
     "train.micro_batch",
     "train.steps",

@@ -92,9 +92,10 @@ class Watcher:
         self._tracker.log(progress.step, values)
         first = progress.step == self._started_step + 1
         if first or progress.step == self._total_steps or progress.step % self._settings.logging.print_every_steps == 0:
+            profiled = " (profiled: not representative)" if self._settings.profile.covers(progress.step) else ""
             LOG.info(
                 f"step {progress.step}/{self._total_steps}  loss {loss:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  "
-                f"{tokens_per_sec:,.0f} tokens/s  {self._time_left(progress.step)}"
+                f"{tokens_per_sec:,.0f} tokens/s{profiled}  {self._time_left(progress.step)}"
             )
 
     def evaluated(self, progress: Progress, result: HeldoutLoss) -> None:
