@@ -58,7 +58,7 @@ class Watcher:
         peak = peak_flops(device_name(ranks.device), settings.precision.compute)
         self._peak_flops = None if peak is None else peak * ranks.size
         self._metrics = MetricsFile(folder.metrics, progress.step)
-        self._tracker: Tracker = build_tracker(settings.logging, folder.path, composed.public)
+        self._tracker: Tracker = build_tracker(settings.logging, folder.path, composed.public, progress.step)
         self._started_s = time.monotonic()
         self._started_step = progress.step
         self._heldout: HeldoutLoss | None = None
@@ -119,6 +119,7 @@ class Watcher:
         """Before a checkpoint says how far the run is, its metrics up to there are on the disk."""
         if self._speaks:
             self._metrics.sync()
+            self._tracker.flush()
 
     def conclude(self) -> None:
         """Compare with the bigram model, where that is asked for, and write the report."""
