@@ -23,6 +23,7 @@ from gptscale.runtime.signals import StopRequest
 from gptscale.topology import BatchSplit
 from gptscale.train.check import check_run
 from gptscale.train.guard import Guard
+from gptscale.train.memory_help import MemoryHelp
 from gptscale.train.optimizer import build_optimizer
 from gptscale.train.profile_page import DATA, TRAIN
 from gptscale.train.profiler import StepProfiler, span
@@ -70,14 +71,21 @@ def train(composed: Composed[TrainRoot], ranks: Ranks, stop: StopRequest) -> Non
     prepare_torch(settings)
     folder = RunFolder(settings.run)
     all_or_none(ranks, lambda: folder.open() if ranks.rank == 0 else None, f"opening {folder.path}")
+    memory = MemoryHelp(settings, folder.path, ranks)
     try:
-        train_in(folder, composed, split, ranks, stop)
+        with memory.explained():
+            train_in(folder, composed, split, ranks, stop, memory)
     finally:
         folder.close()
 
 
 def train_in(
-    folder: RunFolder, composed: Composed[TrainRoot], split: BatchSplit, ranks: Ranks, stop: StopRequest
+    folder: RunFolder,
+    composed: Composed[TrainRoot],
+    split: BatchSplit,
+    ranks: Ranks,
+    stop: StopRequest,
+    memory: MemoryHelp,
 ) -> None:
     """The run, in a folder that is ours."""
     settings = composed.settings
@@ -86,6 +94,7 @@ def train_in(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, build_optimizer(model, settings.optimizer), settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)
+    memory.engine = engine
     total_steps = run_steps(settings)
     if progress.step >= total_steps:
         LOG.info("%s is done: %d of %d steps; nothing to do", folder.path, progress.step, total_steps)
