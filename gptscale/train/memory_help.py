@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import re
 import resource
 import traceback
@@ -29,9 +30,13 @@ from gptscale.runtime.hardware import usable_memory_bytes
 from gptscale.train.memory_advice import Fix, Moment, Shortage, advice, readable
 
 FOLDER = "oom"
-ROWS = 12
+ROWS = 5
+"""Largest holders of a kind that are named."""
 HISTORY_ENTRIES = 100_000
 """Allocations that are remembered: the last two or three steps of a large model, some hundred MB of host memory."""
+
+RESERVE_BYTES = 16 * 2**20
+"""Address space that is given back to say what happened. It is never touched, so it takes no memory."""
 
 _NO_MEMORY = re.compile(
     r"can't allocate memory"  # torch's allocator on the CPU, a RuntimeError
@@ -61,6 +66,7 @@ class MemoryHelp:
         self._settings = settings
         self._run_dir = run_dir
         self._ranks = ranks
+        self._reserve = mmap.mmap(-1, RESERVE_BYTES)
         self.engine: Engine | None = None
         if settings.profile.memory_history and ranks.device.type == "cuda":
             # Python's stacks only: with C++ frames a snapshot takes minutes to write.
@@ -74,6 +80,7 @@ class MemoryHelp:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            self._reserve.close()
             raise self._explain(error) from error
 
     def _explain(self, error: Exception) -> OutOfMemoryError:
@@ -180,7 +187,8 @@ def find_holders(pieces: list[Piece], device: torch.device) -> Holders:
         "other tensors": claim("other tensors", [(shape_of(tensor), tensor) for tensor in tensors]),
     }
     total, unused, limits = device_memory(device)
-    largest = sorted(rows, key=lambda row: -row.held_bytes)[:ROWS]
+    rows.sort(key=lambda row: -row.held_bytes)
+    largest = [row for kind in kinds for row in [row for row in rows if row.kind == kind][:ROWS]]
     return Holders(kinds, tuple(largest), total, limits, unused)
 
 

@@ -87,7 +87,7 @@ def test_every_fix_is_a_run_that_starts(world: int, layout: str) -> None:
 
 
 def test_fixes_are_spelt_as_the_command_line_takes_them() -> None:
-    fixes = [FULL, CHUNK, "precision=bf16", *"parallel=zero3 launch.ranks=8 train.micro_batch=1".split()]
+    fixes = [FULL, CHUNK, "precision=bf16", "parallel=zero3", "launch.ranks=8", "train.micro_batch=1"]
     composed = compose("train", TrainRoot, ["experiment=tiny", *fixes]).settings
     assert (composed.parallel.zero_stage, composed.model.loss_chunk, composed.precision.compute) == (3, 256, "bf16")
 
