@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 
-from gptscale.config.schema import MIN_LOSS_SCALE, DataConfig, ModelConfig, TrainRoot
+from gptscale.config.schema import MIN_LOSS_SCALE, DataConfig, ModelConfig, ProfileConfig, TrainRoot
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit, Topology, split_batch
 
@@ -19,6 +19,7 @@ def check(settings: TrainRoot, world_size: int) -> BatchSplit:
     _check_ranges(settings)
     _check_heldout_sets(settings)
     _check_length(settings)
+    _check_profile(settings.profile, world_size)
     _check_engine(settings, world_size)
     try:
         topology = Topology(
@@ -198,6 +199,19 @@ def _check_length(settings: TrainRoot) -> None:
             )
     if settings.schedule.decay_tokens is not None:
         _at_least("schedule.decay_tokens", settings.schedule.decay_tokens, 1)
+
+
+def _check_profile(profile: ProfileConfig, world_size: int) -> None:
+    if profile.steps is not None and (len(profile.steps) != 2 or not 1 <= profile.steps[0] <= profile.steps[1]):
+        raise UserError(
+            f"profile.steps={list(profile.steps)} is not a first and a last step\nset it, e.g. profile.steps=[10,13]"
+        )
+    outside = [rank for rank in profile.ranks if not 0 <= rank < world_size]
+    if outside or not profile.ranks:
+        what = f"names rank {outside[0]}, but the run has {world_size}" if outside else "names no rank"
+        raise UserError(
+            f"profile.ranks={list(profile.ranks)} {what}\nuse ranks from 0 to {world_size - 1}, e.g. profile.ranks=[0]"
+        )
 
 
 def _check_ramps(settings: TrainRoot, data_ranks: int) -> None:

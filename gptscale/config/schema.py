@@ -273,9 +273,27 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    name: Literal["local", "wandb"] = "local"
+    name: Literal["local", "wandb", "tensorboard"] = "local"
     project: str = "gptscale"
+    """wandb only."""
     print_every_steps: int = 10
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: tuple[int, ...] | None = None
+    """First and last step to record, e.g. `[10,13]`: a trace and a page of figures, below `profile/` of the run."""
+    ranks: tuple[int, ...] = (0,)
+    """Who records."""
+    memory: bool = False
+    """Record allocations too, and who makes them."""
+    memory_history: bool = False
+    """GPU: keep the stack of every allocation from the start, for the snapshot that an out-of-memory error leaves.
+    Costs about 2 µs an allocation."""
+
+    def covers(self, step: int) -> bool:
+        """Whether a step is within the window. Its time is not that of other steps: recording takes some."""
+        return self.steps is not None and self.steps[0] <= step <= self.steps[-1]
 
 
 @dataclass(frozen=True)
@@ -322,6 +340,7 @@ class TrainRoot:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     plugins: tuple[str, ...] = ()
     """Modules (`package.module` or `path/to/file.py`) that register parts of your own."""

@@ -19,6 +19,10 @@ class UserError(ValueError):
     """
 
 
+class OutOfMemoryError(UserError):
+    """The settings do not fit into the memory of a device or process; the second line says which to change, how."""
+
+
 class PeerFailedError(UserError):
     """Another rank met a mistake of the user's and says which; this one only stops with it, and says nothing."""
 

@@ -13,6 +13,7 @@ from gptscale.topology import BatchSplit
 from gptscale.train.optimizer import check_optimizer
 from gptscale.train.resume import has_gone_on
 from gptscale.train.schedule import check_schedule
+from gptscale.train.tracker import check_tracker
 
 
 def check_run(settings: TrainRoot, world_size: int) -> BatchSplit:
@@ -22,6 +23,7 @@ def check_run(settings: TrainRoot, world_size: int) -> BatchSplit:
     check_text(settings.data)
     check_optimizer(settings.optimizer)
     check_schedule(settings.schedule)
+    check_tracker(settings.logging)
     assert settings.run.dir is not None
     check_resume(settings.run.resume, Path(settings.run.dir))
     return split

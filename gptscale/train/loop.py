@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +28,10 @@ from gptscale.topology import BatchSplit
 from gptscale.train.check import check_run
 from gptscale.train.guard import Guard
 from gptscale.train.kernels import as_json, check_kernel, choose_kernels, described, kept
+from gptscale.train.memory_help import MemoryHelp
 from gptscale.train.optimizer import build_optimizer
+from gptscale.train.profile_page import DATA, TRAIN
+from gptscale.train.profiler import StepProfiler, span
 from gptscale.train.progress import Progress
 from gptscale.train.run_folder import RunFolder
 from gptscale.train.saving import resume, save
@@ -53,6 +56,7 @@ class Session:
     progress: Progress
     watcher: Watcher
     guard: Guard
+    profiler: StepProfiler
     plan: StepPlan
     total_steps: int
     schedule_tokens: int
@@ -79,14 +83,21 @@ def train(composed: Composed[TrainRoot], ranks: Ranks, stop: StopRequest) -> Non
     prepare_torch(settings, ranks)
     folder = RunFolder(settings.run)
     all_or_none(ranks, lambda: folder.open() if ranks.rank == 0 else None, f"opening {folder.path}")
+    memory = MemoryHelp(settings, folder.path, ranks)
     try:
-        train_in(folder, composed, split, ranks, stop)
+        with memory.explained():
+            train_in(folder, composed, split, ranks, stop, memory)
     finally:
         folder.close()
 
 
 def train_in(
-    folder: RunFolder, composed: Composed[TrainRoot], split: BatchSplit, ranks: Ranks, stop: StopRequest
+    folder: RunFolder,
+    composed: Composed[TrainRoot],
+    split: BatchSplit,
+    ranks: Ranks,
+    stop: StopRequest,
+    memory: MemoryHelp,
 ) -> None:
     """The run, in a folder that is ours."""
     settings = composed.settings
@@ -96,6 +107,7 @@ def train_in(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, build_optimizer(model, settings.optimizer), settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)
+    memory.engine = engine
     total_steps = run_steps(settings)
     if progress.step >= total_steps:
         LOG.info("%s is done: %d of %d steps; nothing to do", folder.path, progress.step, total_steps)
@@ -118,6 +130,7 @@ def train_in(
         progress=progress,
         watcher=Watcher(composed, folder, corpora, progress, ranks, parameters),
         guard=Guard(settings.guard, progress.skipped_in_a_row),
+        profiler=StepProfiler(settings.profile, folder.path, ranks.rank, ranks.size, ranks.device),
         plan=step_plan(settings),
         total_steps=total_steps,
         schedule_tokens=schedule_tokens(settings),
@@ -125,6 +138,7 @@ def train_in(
     try:
         run_to_end(session, stop)
     finally:
+        session.profiler.close()
         session.watcher.close()
 
 
@@ -147,26 +161,35 @@ def choose_attention(
 def run_to_end(session: Session, stop: StopRequest) -> None:
     settings, total_steps = session.settings, session.total_steps
     start = session.progress.position.samples
-    with StepFeed(session.corpora.stream, session.plan, session.split, session.ranks.rank, start) as feed:
+    session.profiler.announce(session.progress.step, total_steps)
+    feed = StepFeed(session.corpora.stream, session.plan, session.split, session.ranks.rank, start)
+    with feed, settled_whatever_comes(session):
         session.since_s = time.perf_counter()
-        try:
-            while session.progress.step < total_steps:
+        while session.progress.step < total_steps:
+            with session.profiler.step(session.progress.step + 1, total_steps):
                 stopping = one_step(session, feed, stop)
-                step = session.progress.step
-                last = step == total_steps
-                if last or due(step, settings.evaluation.every_steps):
-                    evaluate(session)
-                if last:  # before the save that makes the run a finished one, which a restart leaves as it is
-                    session.watcher.conclude()
-                if last or stopping or due(step, settings.checkpoint.every_steps):
-                    save_run(session)
-                if stopping and not last:
-                    raise StoppedError(f"stopped at step {step} of {total_steps} after a save: start it again to go on")
-        except Exception:
-            with suppress(Exception):  # whatever ended the run, the line of its last step is worth having
-                settle(session)
-            raise
+            step = session.progress.step
+            last = step == total_steps
+            if last or due(step, settings.evaluation.every_steps):
+                evaluate(session)
+            if last:  # before the save that makes the run a finished one, which a restart leaves as it is
+                session.watcher.conclude()
+            if last or stopping or due(step, settings.checkpoint.every_steps):
+                save_run(session)
+            if stopping and not last:
+                raise StoppedError(f"stopped at step {step} of {total_steps} after a save: start it again to go on")
     session.watcher.finished(session.progress)
+
+
+@contextmanager
+def settled_whatever_comes(session: Session) -> Iterator[None]:
+    """Whatever ends the block, the line of the last step is worth having."""
+    try:
+        yield
+    except Exception:
+        with suppress(Exception):
+            settle(session)
+        raise
 
 
 def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> bool:
@@ -175,14 +198,16 @@ def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> b
     True where a rank was asked to stop: all ranks learn it together.
     """
     settings, progress, ranks = session.settings, session.progress, session.ranks
-    data = next(feed)
+    with span(DATA):
+        data = next(feed)
     samples = session.plan.batch(progress.position.samples)
     after = progress.tokens + samples * session.plan.sequence_length
     rate = learning_rate(after, settings.schedule, settings.optimizer.learning_rate, session.schedule_tokens)
     # Dropout is a function of seed, step and rank, so a resumed run needs no generator's state.
     torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.rank))
     measure_noise = due(progress.step + 1, settings.train.noise_scale_every_steps)
-    result = session.engine.train_step(data.microbatches, rate, measure_noise)
+    with span(TRAIN):
+        result = session.engine.train_step(data.microbatches, rate, measure_noise)
     sample_hash, stopping = ranks.sum([data.sample_hash, int(stop.requested)])
     session.progress = progress.advanced(samples, samples * session.plan.sequence_length, sample_hash)
     taken = TakenStep(result, session.progress, rate, data.wait_s, session.save_s)

@@ -19,6 +19,8 @@ MAY_CHANGE = (
     "launch",
     "parallel",
     "logging",
+    "profile",
+    "model.loss_chunk",  # how much is computed at a time, not what: one of the ways out where memory is short
     "checkpoint",
     "train.micro_batch",
     "train.steps",

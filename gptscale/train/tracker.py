@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import secrets
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from gptscale.config.schema import LoggingConfig
-from gptscale.runtime.files import write_bytes_atomically
+from gptscale.runtime.errors import UserError
 
 
 class Tracker(Protocol):
+    """Takes the lines of metrics.jsonl, in their order; a line of an evaluation has the step of the one before it."""
+
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def flush(self) -> None:
+        """Before a save: what is not on the disk by then, a resumed run has to be able to log again."""
+        ...
 
     def close(self) -> None: ...
 
@@ -22,40 +27,33 @@ class NoTracker:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
-class WandbTracker:
-    """Weights & Biases. Without an account it records offline below the run folder.
-
-    The run's id is kept in the run folder, so that a resumed run continues the same W&B run.
-    """
-
-    def __init__(self, config: LoggingConfig, run_dir: Path, settings: Mapping[str, Any]) -> None:
-        """`settings` is sent and stored: those with secrets as references (`Composed.public`)."""
-        import wandb
-
-        id_file = run_dir / "wandb-id"
-        if not id_file.exists():
-            write_bytes_atomically(id_file, secrets.token_hex(4).encode())
-        signed_in = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
-        self._run = wandb.init(
-            project=config.project,
-            id=id_file.read_text(),
-            name=run_dir.name,
-            dir=str(run_dir),
-            config=dict(settings),
-            resume="allow",
-            mode=None if signed_in or "WANDB_MODE" in os.environ else "offline",
+def check_tracker(config: LoggingConfig) -> None:
+    """Raises UserError where the tracker's package is not installed."""
+    if config.name != "local" and importlib.util.find_spec(config.name) is None:
+        raise UserError(
+            f"logging={config.name} needs the package {config.name}, which is not installed\n"
+            f"install it (pip install {config.name}), or use logging=local"
         )
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+def build_tracker(config: LoggingConfig, run_dir: Path, settings: Mapping[str, Any], step: int) -> Tracker:
+    """The tracker of a run that goes on from `step`; metrics.jsonl is cut back to it.
 
+    `settings` is sent and stored: those with secrets as references (`Composed.public`).
+    """
+    if config.name == "wandb":
+        from gptscale.train.wandb_tracker import WandbTracker
 
-def build_tracker(config: LoggingConfig, run_dir: Path, settings: Mapping[str, Any]) -> Tracker:
-    return WandbTracker(config, run_dir, settings) if config.name == "wandb" else NoTracker()
+        return WandbTracker(config, run_dir, settings)
+    if config.name == "tensorboard":
+        from gptscale.train.tensorboard_tracker import TensorboardTracker
+
+        return TensorboardTracker(run_dir, step)
+    return NoTracker()

@@ -67,7 +67,7 @@ class Watcher:
         self._metrics = MetricsFile(folder.metrics, progress.step)
         self._samples = MetricsFile(folder.samples, progress.step)
         self._noise = NoiseWindow(read_metrics(folder.metrics) if settings.train.noise_scale_every_steps else ())
-        self._tracker: Tracker = build_tracker(settings.logging, folder.path, composed.public)
+        self._tracker: Tracker = build_tracker(settings.logging, folder.path, composed.public, progress.step)
         self._started_step = progress.step
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
         self._evaluation: Evaluation | None = None
@@ -111,9 +111,10 @@ class Watcher:
         self._tracker.log(progress.step, values)
         first = progress.step == self._started_step + 1
         if first or progress.step == self._total_steps or progress.step % self._settings.logging.print_every_steps == 0:
+            profiled = " (profiled: not representative)" if self._settings.profile.covers(progress.step) else ""
             LOG.info(
                 f"step {progress.step}/{self._total_steps}  loss {numbers.loss:.4f}  "
-                f"grad norm {numbers.grad_norm:.2f}  lr {numbers.learning_rate:.2e}  {tokens_per_sec:,.0f} tokens/s  "
+                f"grad norm {numbers.grad_norm:.2f}  lr {numbers.learning_rate:.2e}  {tokens_per_sec:,.0f} tokens/s{profiled}  "
                 f"mfu {'unknown' if mfu is None else f'{mfu:.1%}'}  {in_gib(peak_bytes(self._device))}  "
                 f"{self._time_left()} left"
             )
@@ -142,6 +143,7 @@ class Watcher:
         if self._speaks:
             self._metrics.sync()
             self._samples.sync()
+            self._tracker.flush()
 
     def conclude(self) -> None:
         """Compare with the bigram model, where that is asked for, and write the report."""

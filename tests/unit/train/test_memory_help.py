@@ -1,0 +1,81 @@
+"""Which errors are a shortage of memory, what was asked for, and who holds what."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from gptscale.flow import Piece
+from gptscale.train.memory_help import asked_bytes, find_holders, find_moment, is_out_of_memory
+
+CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate {} bytes. Error code 12 (Cannot allocate memory)"  # noqa: E501
+CUDA = (
+    "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.02 GiB is free."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (RuntimeError(CPU.format(4096)), 4096),
+        (torch.OutOfMemoryError(CUDA), 3 * 2**29),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), 20 * 2**20),
+        (MemoryError("Unable to allocate 8.00 GiB for an array with shape (1073741824,)"), 2**33),
+        (MemoryError(), None),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), None),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),
+        (RuntimeError("CUDA error: out of memory"), None),
+    ],
+)
+def test_a_shortage_is_known_by_its_words(error: Exception, asked: int | None) -> None:
+    assert is_out_of_memory(error)
+    assert asked_bytes(str(error)) == asked
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shape mismatch"), OSError(errno.ENOSPC, "No space left"), ValueError("can't allocate memory")],
+)
+def test_other_errors_are_none(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_the_moment_is_told_from_the_traceback() -> None:
+    def one_step() -> None:
+        raise MemoryError
+
+    def resume() -> None:
+        one_step()
+
+    for function, moment in ((resume, "step"), (one_step, "step"), (int, "start")):
+        with pytest.raises((MemoryError, TypeError)) as raised:
+            function(*([None] if function is int else []))  # type: ignore[operator]
+        assert find_moment(raised.value)[0] == moment
+
+
+def test_every_storage_is_counted_once_and_by_its_kind() -> None:
+    device = torch.device("cpu")
+    before = find_holders([], device)
+    flat = torch.zeros(3000)
+    first, second = torch.nn.Parameter(flat[:1000].view(10, 100)), torch.nn.Parameter(flat[1000:])
+    moments = torch.zeros(3000)
+    batch = torch.zeros(77, 11)
+    first.grad = torch.zeros(10, 100)
+    pieces = [
+        Piece("a", "weight", (10, 100), 0, flat[:1000]),
+        Piece("b", "weight", (2000,), 0, flat[1000:]),
+        Piece("a", "exp_avg", (10, 100), 0, moments[:1000]),
+        Piece("b", "exp_avg", (2000,), 0, moments[1000:]),
+    ]
+    after = find_holders(pieces, device)
+    grown = {kind: after.kinds[kind] - before.kinds[kind] for kind in after.kinds}
+    assert grown["weights"] == grown["optimizer state"] == 3000 * 4
+    assert grown["gradients"] == 1000 * 4
+    assert grown["other tensors"] >= batch.nbytes
+    assert ("weights", "a weight and more in one buffer", 12000) in [
+        (row.kind, row.name, row.held_bytes) for row in after.largest
+    ]
+    assert after.total_bytes > sum(grown.values())
+    assert second.grad is None
