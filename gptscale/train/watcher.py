@@ -16,10 +16,12 @@ from gptscale.config.step_plan import run_steps, step_plan, tokens_per_step
 from gptscale.evaluate.heldout import HeldoutLoss
 from gptscale.model.count import flops_per_token
 from gptscale.parallel.ranks import Ranks
+from gptscale.report.facts import read_facts
 from gptscale.runtime.hardware import peak_flops
+from gptscale.train.facts import gather_facts, layout_name
 from gptscale.train.metrics import MetricsFile
 from gptscale.train.progress import Progress
-from gptscale.train.report import write_report
+from gptscale.train.reporting import Reporter
 from gptscale.train.run_folder import RunFolder
 from gptscale.train.setup import Corpora
 from gptscale.train.tracker import Tracker, build_tracker
@@ -62,6 +64,17 @@ class Watcher:
         self._started_s = time.monotonic()
         self._started_step = progress.step
         self._heldout: HeldoutLoss | None = None
+        facts = gather_facts(
+            settings,
+            corpora,
+            ranks,
+            device_name(ranks.device),
+            progress.step,
+            parameters,
+            None if self._flops_per_token is None else self._flops_per_token(self._plan.sequence_length),
+            self._peak_flops,
+        )
+        self._report = Reporter(folder, facts.after(read_facts(folder.path)))
         self._announce(progress)
 
     def step(
@@ -113,11 +126,13 @@ class Watcher:
             f"step {progress.step}: held-out loss {result.loss:.4f} nats a token, "
             f"{result.bits_per_byte:.3f} bits a byte, over {result.tokens:,} tokens"
         )
+        self._report.draw_if_cheap()
 
     def saving(self) -> None:
         """Before a checkpoint says how far the run is, its metrics up to there are on the disk."""
         if self._speaks:
             self._metrics.sync()
+            self._report.draw_if_cheap()
 
     def conclude(self) -> None:
         """Compare with the bigram model, where that is asked for, and write the report."""
@@ -131,7 +146,7 @@ class Watcher:
                 f"held-out loss {self._heldout.loss:.4f} is {verdict} the {baseline:.4f} of an interpolated bigram "
                 "model fitted to the same tokens"
             )
-        self._write_report(baseline)
+        self._report.conclude(baseline)
 
     def finished(self, progress: Progress) -> None:
         if self._speaks:
@@ -142,32 +157,14 @@ class Watcher:
             self._metrics.close()
             self._tracker.close()
 
-    def _write_report(self, baseline: float | None) -> None:
-        settings = self._settings
-        facts = {"parameters": f"{self._parameters:,}", "device": f"{self._ranks} × {device_name(self._device)}"}
-        if self._heldout is not None:
-            facts["held-out loss"] = f"{self._heldout.loss:.4f} nats a token"
-            facts["held-out bits a byte"] = f"{self._heldout.bits_per_byte:.4f}"
-        if baseline is not None:
-            facts["bigram model, same tokens"] = f"{baseline:.4f} nats a token"
-        facts["corpus"] = ", ".join(corpus.path for corpus in self._corpora.folders)
-        if self._flops_per_token is not None:
-            operations = self._flops_per_token(self._plan.sequence_length)
-            facts["operations a token"] = f"{operations:,} (forward and backward, attention counted causally)"
-        config_yaml = (self._folder.path / "config.yaml").read_text(encoding="utf-8")
-        with self._folder.explained():
-            write_report(self._folder.report, self._folder.metrics, f"{settings.run.name}", facts, config_yaml)
-
     def _announce(self, progress: Progress) -> None:
         settings = self._settings
         text_tokens = self._corpora.stream.samples_per_epoch * settings.data.sequence_length
-        engine = settings.parallel.engine
-        layout = "plain" if engine == "plain" else f"ZeRO-{settings.parallel.zero_stage}"
         ranks = "1 rank" if self._ranks == 1 else f"{self._ranks} ranks"
         if progress.step:
             LOG.info(f"going on with {self._folder.path} from step {progress.step}")
         LOG.info(
-            f"{self._parameters:,} parameters, {text_tokens:,} tokens of text, {ranks} ({layout}), "
+            f"{self._parameters:,} parameters, {text_tokens:,} tokens of text, {ranks} ({layout_name(settings)}), "
             f"{settings.precision.compute}, {tokens_per_step(settings):,} tokens a step"
         )
 
