@@ -19,6 +19,7 @@ from gptscale.report.units import count, duration, fixed, flops, percent, short,
 MOST_SAMPLES = 5
 """Completions shown of a prompt: the first, the last and some between."""
 MOST_PARTS = 40
+PART_COLOURS = {"data": 4, "forward and backward": 0, "update": 1, "save": 2, "evaluate": 3, "other": 6}
 
 
 def headline(run: RunRecord) -> str:
@@ -203,10 +204,10 @@ def _time(run: RunRecord) -> str:
     parts = seconds.parts()
     total = seconds.total or 1.0
     rows: list[list[Cell]] = [
-        [Markup(square(number) + escape(name)), percent(value / total), duration(value)]
-        for number, (name, value) in enumerate(parts)
+        [Markup(square(PART_COLOURS[name]) + escape(name)), percent(value / total), duration(value)]
+        for name, value in parts
     ]
-    bar = shares_bar("time", "Where time goes", [(name, value / total) for name, value in parts])
+    bar = shares_bar("time", "Where time goes", [(name, value / total, PART_COLOURS[name]) for name, value in parts])
     figures = table("Shares of the time of training", ["part", "share", "time"], rows, numbers=(1, 2))
     missing = [
         name

@@ -50,21 +50,22 @@ svg.chart text { fill: var(--soft); font-size: 16px; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .faint { fill: none; stroke-width: 1; stroke-linejoin: round; opacity: .38; }
-.session { stroke: var(--soft); stroke-dasharray: 1 4; } .skipped { stroke: var(--bad); stroke-width: 1.5; }
+.session { stroke: var(--soft); stroke-dasharray: 3 4; } .skipped { stroke: var(--bad); stroke-width: 1.5; }
 .key { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; list-style: none; margin: .4rem 0 0; padding: 0;
   font-size: .875rem; }
 .key li { display: flex; align-items: center; gap: .45rem; } .key svg { width: 1.75rem; height: .8rem; flex: none; }
 .bar { display: block; width: 100%; height: 2.2rem; border-radius: .3rem; }
-.scroll { overflow-x: auto; margin: .6rem 0; }
+.scroll { overflow-x: auto; margin: .1rem 0 .6rem; }
 .scroll:focus-visible, summary:focus-visible, pre:focus-visible, a:focus-visible {
   outline: 2px solid var(--c0); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 .scroll > table { overflow-wrap: normal; }
-caption { text-align: left; color: var(--soft); font-size: .875rem; padding-bottom: .3rem; }
+.caption { color: var(--soft); font-size: .875rem; margin: .8rem 0 0; }
 th, td { text-align: left; vertical-align: top; padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid var(--hair); }
 thead th { font-weight: 600; font-size: .82rem; color: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 400; }
-.number { text-align: right; white-space: nowrap; } .wide { width: 100%; } .long { min-width: 11rem; }
+.number { text-align: right; } .number, .short { white-space: nowrap; } .long { min-width: 13rem; overflow-wrap: anywhere; }
+.square { vertical-align: -.05em; margin-right: .3rem; }
 .facts { width: 100%; } .facts th { color: var(--soft); width: 32%; min-width: 7rem; } .facts td { padding-right: 0; }
 details { border: 1px solid var(--hair); border-radius: .6rem; background: var(--card); padding: .2rem .9rem;
   margin: .6rem 0; }

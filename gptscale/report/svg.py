@@ -175,11 +175,11 @@ def _upright(look: str) -> str:
     return f'<svg viewBox="0 0 28 12" aria-hidden="true"><line class="{look}" x1="14" x2="14" y1="0" y2="12"/></svg>'
 
 
-def shares_bar(identity: str, title: str, shares: Sequence[tuple[str, float]]) -> str:
-    """One bar cut into parts that sum to 1; part i has colour i."""
-    total = sum(share for _, share in shares) or 1.0
+def shares_bar(identity: str, title: str, shares: Sequence[tuple[str, float, int]]) -> str:
+    """One bar cut into parts, each a name, a share and the number of its colour."""
+    total = sum(share for _, share, _ in shares) or 1.0
     parts, x = [], 0.0
-    for number, (name, share) in enumerate(shares):
+    for name, share, number in shares:
         width = 1000 * share / total
         if width > 0:
             parts.append(
@@ -187,7 +187,7 @@ def shares_bar(identity: str, title: str, shares: Sequence[tuple[str, float]]) -
                 f"<title>{escape(name)}: {100 * share / total:.1f} %</title></rect>"
             )
         x += width
-    said = ", ".join(f"{name} {100 * share / total:.1f} %" for name, share in shares)
+    said = ", ".join(f"{name} {100 * share / total:.1f} %" for name, share, _ in shares)
     return (
         f'<svg class="bar" viewBox="0 0 1000 10" preserveAspectRatio="none" role="img" '
         f'aria-labelledby="{identity}-title {identity}-desc"><title id="{identity}-title">{escape(title)}</title>'

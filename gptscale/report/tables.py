@@ -21,7 +21,7 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]], nu
     """`numbers` are the columns that are set to the right. The first column names its row."""
 
     def cell(column: int, value: Cell) -> str:
-        kind = ' class="number"' if column in numbers else ""
+        kind = ' class="number"' if column in numbers else _fit(value)
         tag, scope = ("th", ' scope="row"') if column == 0 else ("td", "")
         return f"<{tag}{scope}{kind}>{_html(value)}</{tag}>"
 
@@ -32,7 +32,7 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]], nu
     body = "".join(f"<tr>{''.join(cell(column, value) for column, value in enumerate(row))}</tr>" for row in rows)
     named = escape(caption)
     return (
-        f'<div class="scroll" role="region" aria-label="{named}" tabindex="0"><table><caption>{named}</caption>'
+        f'<p class="caption">{named}</p><div class="scroll" role="region" aria-label="{named}" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -41,6 +41,13 @@ def pairs(rows: Sequence[tuple[str, Cell]]) -> str:
     """Names and what they are."""
     body = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{_html(value)}</td></tr>' for name, value in rows)
     return f'<table class="facts"><tbody>{body}</tbody></table>'
+
+
+def _fit(value: Cell) -> str:
+    """Words of a few letters stay on a line; long ones get room to wrap in."""
+    if isinstance(value, Markup) or len(value) <= 26:
+        return ' class="short"'
+    return ' class="long"'
 
 
 def _html(value: Cell) -> str:
