@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     least, unknown, most = WIDTHS
     width = max(least, min(most, shutil.get_terminal_size((unknown, 24)).columns))
     if len(subjects) == 2:
-        print(two_runs(*subjects, width))
+        print(two_runs(subjects[0], subjects[1], width))
     else:
         one_subject(subjects[0], settings.verify, width)
     return EXIT_DONE

@@ -47,16 +47,16 @@ def different_settings(a: Mapping[str, Any], b: Mapping[str, Any], key: str = ""
     found = []
     for name in dict.fromkeys([*a, *b]):
         full = f"{key}.{name}" if key else str(name)
-        one, other = a.get(name, _Missing), b.get(name, _Missing)
+        one, other = _by_key(a.get(name, _Missing)), _by_key(b.get(name, _Missing))
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             found += different_settings(one, other, full)
         elif one != other:
-            found.append((full, _value(one), _value(other)))
+            found.append((full, _value(a.get(name, _Missing)), _value(b.get(name, _Missing))))
     return found
 
 
 def losses_at_equal_tokens(a: RunRecord, b: RunRecord) -> list[tuple[float, float, float]]:
-    """(tokens, loss of a, loss of b), each averaged over about a fiftieth of its steps, up to where the shorter ends."""
+    """(tokens, loss of a, loss of b), each averaged over a fiftieth of its steps, up to where the shorter ends."""
     if not len(a.steps) or not len(b.steps):
         return []
     end = float(min(a.tokens, b.tokens))
@@ -84,17 +84,24 @@ def _settings(a: RunRecord, b: RunRecord) -> list[str]:
 
 
 def _data(a: RunRecord, b: RunRecord) -> list[str]:
+    lines = []
+    if a.facts and b.facts:
+        one, other = ([(card.identity, card.share) for card in facts.data] for facts in (a.facts, b.facts))
+        lines.append(f"corpora: {'the same' if one == other else 'not the same text and shares'}")
+        if {card.tokenizer_sha256 for card in a.facts.data} != {card.tokenizer_sha256 for card in b.facts.data}:
+            lines.append("tokenizers: not the same, so compare bits a byte: losses are of other tokens")
+    return [*lines, f"samples: {_samples(a, b)}"]
+
+
+def _samples(a: RunRecord, b: RunRecord) -> str:
     same = same_samples(a, b)
     if not same.compared:
-        return ["samples: no step in common"]
+        return "no step in common"
     if same.equal_until == 0:
-        return ["samples: other rows from the first step on"]
-    last = min(a.step, b.step)
-    if same.equal_until >= last:
-        return [
-            f"samples: the same rows in the same order in all {count(same.compared)} common steps (data/sample_hash)"
-        ]
-    return [f"samples: the same up to step {count(same.equal_until)}, then others (data/sample_hash)"]
+        return "other rows from the first step on (data/sample_hash)"
+    if same.equal_until >= min(a.step, b.step):
+        return f"the same rows in the same order in all {count(same.compared)} common steps (data/sample_hash)"
+    return f"the same up to step {count(same.equal_until)}, then others (data/sample_hash)"
 
 
 def _losses(a: RunRecord, b: RunRecord, width: int) -> list[str]:
@@ -133,7 +140,7 @@ def _heldout(a: RunRecord, b: RunRecord) -> list[str]:
 
 
 def _speed(a: RunRecord, b: RunRecord) -> list[str]:
-    rows = [("", "A", "B", "B ÷ A")]
+    rows: list[tuple[str, ...]] = [("", "A", "B", "B ÷ A")]
     for name, one, other, shown in (
         ("tokens a second", a.tokens_per_sec, b.tokens_per_sec, count),
         ("MFU", a.mfu, b.mfu, percent),
@@ -168,6 +175,13 @@ def _signed(value: float) -> str:
 
 class _Missing:
     """A key that a run does not have."""
+
+
+def _by_key(value: object) -> object:
+    """A list of groups as a group by number, so that only what differs within is shown."""
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return {str(number): item for number, item in enumerate(value)}
+    return value
 
 
 def _value(value: object) -> str:

@@ -26,6 +26,8 @@ def data_card(folder: Path, share: float) -> DataCard:
     largest = sorted(training.parts, key=lambda part: -part.tokens)
     return DataCard(
         path=str(folder),
+        identity=training.identity,
+        tokenizer_sha256=training.tokenizer_sha256,
         share=share,
         tokens=training.tokens,
         documents=training.documents,

@@ -32,6 +32,9 @@ class DataCard:
     """One corpus of a run: what it is trained on, and how much was held out."""
 
     path: str
+    identity: str
+    """Of the training split's content, see `data.shards.Manifest`: equal for the same text wherever it lies."""
+    tokenizer_sha256: str
     share: float
     """Of the samples, between 0 and 1."""
     tokens: int

@@ -64,7 +64,8 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { text-align: left; vertical-align: top; padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid var(--hair); }
 thead th { font-weight: 600; font-size: .82rem; color: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 400; }
-.number { text-align: right; } .number, .short { white-space: nowrap; } .long { min-width: 13rem; overflow-wrap: anywhere; }
+.number { text-align: right; } .number, .short { white-space: nowrap; }
+.long { min-width: 13rem; overflow-wrap: anywhere; }
 .square { vertical-align: -.05em; margin-right: .3rem; }
 .facts { width: 100%; } .facts th { color: var(--soft); width: 32%; min-width: 7rem; } .facts td { padding-right: 0; }
 details { border: 1px solid var(--hair); border-radius: .6rem; background: var(--card); padding: .2rem .9rem;

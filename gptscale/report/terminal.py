@@ -18,7 +18,7 @@ LABEL = 8
 def line_chart(
     curves: Sequence[tuple[Floats, Floats]], points: Sequence[tuple[Floats, Floats]], width: int, height: int, x: str
 ) -> list[str]:
-    """Lines, and points shown as o, over a common x from 0; `x` says what runs along it. Of what has no number, nothing.
+    """Lines, and points shown as o, over a common x from 0; `x` says what runs along it. Without a number: nothing.
 
     Each letter stands for 2 × 4 dots, so a chart of 60 × 10 letters shows 120 × 40.
     """
