@@ -32,19 +32,26 @@ def finite(curve: Curve) -> Floats:
 
 
 def smoothed(values: Floats, window: int) -> Floats:
-    """Exponential moving average over about `window` values, without the pull towards 0 at its start (Adam's bias
-    correction, arXiv 1412.6980, section 3). NaN stays NaN and changes nothing."""
-    keep = 1 - 1 / max(1, window)
-    mean, weight = 0.0, 0.0
-    out = []
-    for value in values.tolist():
-        if math.isfinite(value):
-            mean = keep * mean + (1 - keep) * value
-            weight = keep * weight + (1 - keep)
-            out.append(mean / weight)
-        else:
-            out.append(math.nan)
-    return np.array(out, dtype=np.float64)
+    """Exponential moving average over about `window` values, at the start over an eighth of those so far, so that it
+    follows a loss that falls steeply. NaN stays NaN and changes nothing."""
+    if window <= 1:
+        return values
+    known = np.isfinite(values)
+    found = values[known]
+    means = np.empty(len(found))
+    mean, growing = 0.0, min(len(found), 8 * window)
+    for index, value in enumerate(found[:growing].tolist()):
+        mean += (value - mean) / max(1.0, (index + 1) / 8)
+        means[index] = mean
+    keep = 1 - 1 / window
+    for start in range(growing, len(found), 100 * window):  # powers of `keep` down to e⁻¹⁰⁰ lose no digits
+        part = found[start : start + 100 * window]
+        powers = keep ** np.arange(1, len(part) + 1)
+        means[start : start + len(part)] = powers * (mean + (1 - keep) * np.cumsum(part / powers))
+        mean = float(means[start + len(part) - 1])
+    out = np.full(len(values), np.nan)
+    out[known] = means
+    return out
 
 
 def smoothing_window(steps: int) -> int:
@@ -76,6 +83,15 @@ def thinned(x: Floats, y: Floats, columns: int) -> tuple[Floats, Floats]:
     return x[kept], y[kept]
 
 
+def entering(values: Floats, high: float) -> Floats:
+    """What is above `high` left out, but for the ends of its stretches, which are put there: lines enter from above."""
+    above = values > high
+    beside = ~above
+    beside[:-1] |= ~above[1:]
+    beside[1:] |= ~above[:-1]
+    return np.where(above, np.where(beside, high, np.nan), values)
+
+
 @dataclass(frozen=True)
 class Axis:
     """From the value `low` to `high`; `ticks` lie between them and are shown as so many of `unit`."""
@@ -105,7 +121,7 @@ def x_axis(high: float, unit: float = 1.0) -> Axis:
 
 def y_axis(values: Floats, zero: bool = False, log_allowed: bool = True) -> Axis:
     """Around all values with a little air; from `zero` where the amount matters and not only its change. Logarithmic
-    where single values are far above most."""
+    where single values are far above most; tiny values in units of a power of ten."""
     low, high = float(values.min()), float(values.max())
     if log_allowed and low > 0 and high > LOG_RATIO * float(np.median(values)):
         low, high = low / 1.3, high * 1.3
@@ -120,7 +136,8 @@ def y_axis(values: Floats, zero: bool = False, log_allowed: bool = True) -> Axis
     else:
         air = 0.06 * (high - low)
         low, high = (low if zero and low == 0 else low - air), high + air
-    return Axis(low, high, nice_ticks(low, high, 5))
+    unit = 10.0 ** math.floor(math.log10(high)) if 0 < high < 5e-3 else 1.0
+    return Axis(low, high, nice_ticks(low, high, 5), unit=unit)
 
 
 def nice_ticks(low: float, high: float, wanted: int) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from gptscale import __version__
 from gptscale.report import sections
 from gptscale.report.record import RunRecord, read_run
 from gptscale.report.style import style_sheet
-from gptscale.report.units import count
+from gptscale.report.units import count, short
 from gptscale.runtime.files import write_bytes_atomically
 
 REPORT = "report.html"
@@ -61,7 +61,7 @@ def _standing(run: RunRecord) -> str:
     if run.facts:
         session = run.facts.sessions[-1]
         devices = session.device if session.ranks == 1 else f"{session.ranks} × {session.device}"
-        words += [f"{count(run.facts.parameters)} parameters", devices, session.layout, run.facts.precision]
+        words += [f"{short(run.facts.parameters)} parameters", devices, session.layout, run.facts.precision]
     return f'<p class="lead soft">{" · ".join(escape(word) for word in words)}</p>{bar}'
 
 

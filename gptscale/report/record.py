@@ -251,7 +251,8 @@ def _read_metrics(path: Path) -> tuple[Steps, list[dict[str, Any]]]:
     evaluations: list[dict[str, Any]] = []
     for lines in read_json_lines(path):
         rows = [line for line in lines if "train/loss" in line]
-        evaluations += [line for line in lines if any(key.startswith("eval/") for key in line)]
+        others = (line for line in lines if "train/loss" not in line)
+        evaluations += [line for line in others if any(key.startswith("eval/") for key in line)]
         if rows:
             hashes += [str(row.get(HASH, "")) for row in rows]
             blocks.append(_columns(rows))
@@ -263,9 +264,8 @@ def _read_metrics(path: Path) -> tuple[Steps, list[dict[str, Any]]]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, Floats]:
-    keys = dict.fromkeys(key for row in rows for key in row)
     columns = {}
-    for key in keys.keys() - {HASH}:
+    for key in set().union(*rows) - {HASH}:
         with suppress(ValueError, TypeError):  # a text or a list: no curve
             columns[key] = np.array([row.get(key) for row in rows], dtype=np.float64)  # None becomes NaN
     return columns

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gptscale.report.curves import Curve, Floats, finite, smoothed, smoothing_window, x_axis, y_axis
+from gptscale.report.curves import Curve, Floats, entering, finite, smoothed, smoothing_window, x_axis, y_axis
 from gptscale.report.record import Evaluation, RunRecord
 from gptscale.report.svg import Chart
 from gptscale.report.units import fixed, short
 
 TRAINING = "training loss"
+MOST_SETS = 4
+"""More held-out sets would hide the training loss: then the first stands beside it, and all have a chart of theirs."""
+LATER_VALUES = 100
+"""Values that a run needs behind its start before the start may be left above."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,10 @@ def loss_charts(run: RunRecord) -> list[Chart]:
         window = smoothing_window(len(run.steps))
         curves = [Curve("each step" if window > 1 else "", across.of_steps, loss, "faint", 0)] if window > 1 else []
         curves.append(Curve(_smoothed_name(TRAINING, window), across.of_steps, smoothed(loss, window), "line", 0))
-        curves += heldout_curves(run, across, first_colour=1)
+        shown = run.set_names if len(run.set_names) <= MOST_SETS else run.set_names[:1]
+        curves += heldout_curves(run, across, shown)
         said = "Loss against " + ("tokens" if identity == "loss-tokens" else "time")
-        charts += _chart(run, identity, said, "nats a token", across, curves)
+        charts += _chart(run, identity, said, "nats a token", across, curves, steep_start=True, explains=True)
     return charts
 
 
@@ -59,7 +64,7 @@ def heldout_chart(run: RunRecord) -> list[Chart]:
     if len(run.set_names) < 2:
         return []
     across = tokens_across(run)
-    curves = heldout_curves(run, across, first_colour=1)
+    curves = heldout_curves(run, across, run.set_names)
     return _chart(run, "heldout", "Held-out loss by set", "nats a token", across, curves)
 
 
@@ -87,12 +92,13 @@ def speed_charts(run: RunRecord) -> list[Chart]:
     return speed + mfu + memory
 
 
-def heldout_curves(run: RunRecord, across: Across, first_colour: int) -> list[Curve]:
+def heldout_curves(run: RunRecord, across: Across, names: Sequence[str]) -> list[Curve]:
+    """One for every set; colour 0 is the training's."""
     curves = []
-    for number, name in enumerate(run.set_names):
+    for number, name in enumerate(names, start=1):
         points = [(across.of(line), line.scores[name].loss) for line in run.evaluations if name in line.scores]
         x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
-        curves.append(Curve(name, x, y, "points", first_colour + number))
+        curves.append(Curve(name, x, y, "points", number))
     return curves
 
 
@@ -119,14 +125,28 @@ def _simple(
 
 
 def _chart(
-    run: RunRecord, identity: str, title: str, unit: str, across: Across, curves: Sequence[Curve], zero: bool = False
+    run: RunRecord,
+    identity: str,
+    title: str,
+    unit: str,
+    across: Across,
+    curves: Sequence[Curve],
+    zero: bool = False,
+    steep_start: bool = False,
+    explains: bool = False,
 ) -> list[Chart]:
-    """None where there is no value at all."""
+    """None where there is no value at all. `steep_start`: the first steps may lie above the chart."""
     values = np.concatenate([finite(curve) for curve in curves]) if curves else np.array([])
     if not len(values):
         return []
     ends = [float(curve.x[-1]) for curve in curves if len(curve.x)]
-    skipped = across.of_steps[skipped_steps(run)].tolist()
+    description = _described(curves, across)
+    y = y_axis(values, zero)
+    later = y_axis(_after_start(curves, max(ends)), zero) if steep_start else y
+    if y.high - later.high > later.high - later.low:  # else more than half of the chart would show a few steps
+        y = later
+        curves = [replace(curve, y=entering(curve.y, y.high)) for curve in curves]
+        unit += f"; the first steps, from {_value(float(values.max()))}, are above"
     return [
         Chart(
             identity=identity,
@@ -134,13 +154,25 @@ def _chart(
             unit=unit,
             x_label=across.label,
             x=x_axis(max(ends) / across.divide, across.divide),
-            y=y_axis(values, zero),
+            y=y,
             curves=curves,
-            description=_described(curves, across),
+            description=description,
             sessions=_resumptions(run, across),
-            skipped=skipped,
+            skipped=across.of_steps[skipped_steps(run)].tolist(),
+            explains_events=explains,
         )
     ]
+
+
+START = 0.04
+"""Of a run: the share of its tokens in which the loss may fall from that of a guess."""
+
+
+def _after_start(curves: Sequence[Curve], end: float) -> Floats:
+    """Values behind the start of all curves; all values where nothing is behind."""
+    later = [curve.y[np.isfinite(curve.y) & (curve.x > START * end)] for curve in curves]
+    found = np.concatenate(later)
+    return found if len(found) >= LATER_VALUES else np.concatenate([finite(curve) for curve in curves])
 
 
 def _resumptions(run: RunRecord, across: Across) -> list[float]:

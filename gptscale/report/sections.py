@@ -76,9 +76,9 @@ def heldout(run: RunRecord) -> str:
         best = f"{fixed(best_loss, 4)} at step {count(best_step)}"
         rows.append([name, fixed(last.loss, 4), fixed(last.perplexity, 2), fixed(last.bits_per_byte, 4), best])
     caption = f"At step {count(run.latest.step)}; loss in nats a token"
-    return table(
-        caption, ["set", "loss", "perplexity", "bits a byte", "lowest loss"], rows, numbers=(1, 2, 3, 4)
-    ) + _charts(run_charts.heldout_chart(run))
+    heads = ["set", "loss", "perplexity", "bits a byte", "lowest loss"]
+    scores = f"<div>{table(caption, heads, rows, numbers=(1, 2, 3, 4))}</div>"
+    return f'<div class="charts">{scores}{"".join(figure(chart) for chart in run_charts.heldout_chart(run))}</div>'
 
 
 def optimisation(run: RunRecord) -> str:
@@ -127,6 +127,7 @@ def environment(run: RunRecord) -> str:
     facts, last = run.facts, run.facts.sessions[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last.versions.items())
     rows = [
+        ("Parameters", count(facts.parameters)),
         ("Devices", f"{last.ranks} × {last.device}"),
         ("Layout", f"{last.layout}, micro-batch {last.micro_batch}, {facts.precision}"),
         ("Host", f"{last.host}: {last.cpu}, {last.cores} usable cores, {size(last.memory_bytes)} of memory"),

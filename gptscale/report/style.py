@@ -39,7 +39,7 @@ progress { width: 100%; max-width: 24rem; height: .5rem; accent-color: var(--c0)
 .tiles div { background: var(--card); border: 1px solid var(--hair); border-radius: .6rem; padding: .75rem .85rem; }
 .tiles dt { font-size: .82rem; color: var(--soft); }
 .tiles dd { margin: 0; }
-.tiles .figure { font-size: 1.5rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }
+.tiles .figure { font-size: 1.3rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tiles .unit { font-size: .82rem; color: var(--soft); }
 .charts { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.1rem; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--hair); border-radius: .6rem;
@@ -49,7 +49,7 @@ svg.chart { display: block; width: 100%; height: auto; margin-top: .5rem; }
 svg.chart text { fill: var(--soft); font-size: 16px; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.faint { fill: none; stroke-width: 1; stroke-linejoin: round; opacity: .38; }
+.faint { fill: none; stroke-width: 1; stroke-linejoin: round; opacity: .45; }
 .session { stroke: var(--soft); stroke-dasharray: 3 4; } .skipped { stroke: var(--bad); stroke-width: 1.5; }
 .key { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; list-style: none; margin: .4rem 0 0; padding: 0;
   font-size: .875rem; }
@@ -80,7 +80,7 @@ pre { overflow-x: auto; margin: .4rem 0;
 footer { margin-top: 3rem; padding-bottom: 2.5rem; font-size: .875rem; color: var(--soft); }
 @media (min-width: 46rem) {
   .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); }
-  svg.chart text { font-size: 12px; } h1 { font-size: 2.3rem; }
+  svg.chart text { font-size: 12px; } h1 { font-size: 2.3rem; } .tiles .figure { font-size: 1.5rem; }
 }
 @media (min-width: 60rem) { .charts { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 @media print { body { font-size: 12px; } figure, details { break-inside: avoid; } }

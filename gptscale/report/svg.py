@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -37,18 +38,20 @@ class Chart:
     """x at which the run was resumed."""
     skipped: Sequence[float] = field(default=())
     """x of updates that were left out because the gradient was not finite."""
+    explains_events: bool = False
+    """Whether its key says what the two are: it need not be said under every chart of a page."""
 
 
 def figure(chart: Chart) -> str:
     """The chart with its caption and, where there is more than one curve, its key."""
     named = [curve for curve in chart.curves if curve.name]
     entries = [f"<li>{_swatch(curve)}{escape(curve.name)}</li>" for curve in named] if len(named) > 1 else []
-    if chart.sessions:
+    if chart.sessions and chart.explains_events:
         entries.append(f"<li>{_upright('session')}resumed</li>")
-    if chart.skipped:
+    if chart.skipped and chart.explains_events:
         entries.append(f"<li>{_upright('skipped')}update skipped</li>")
     key = f'<ul class="key">{"".join(entries)}</ul>' if entries else ""
-    scale = " (logarithmic)" if chart.y.log else ""
+    scale = " (logarithmic)" if chart.y.log else f" × {_power(chart.y.unit)}" if chart.y.unit != 1 else ""
     caption = f"<figcaption>{escape(chart.title)} <span>{escape(chart.unit)}{scale}</span></figcaption>"
     return f"<figure>{caption}{draw(chart)}{key}</figure>"
 
@@ -85,6 +88,11 @@ def _axes(chart: Chart) -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 9}" text-anchor="middle">{escape(chart.x_label)}</text>')
     return "".join(parts)
+
+
+def _power(unit: float) -> str:
+    digits = str(round(-math.log10(unit))).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10⁻{digits}"
 
 
 def _texts(axis: Axis) -> list[str]:

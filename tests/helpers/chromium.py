@@ -1,7 +1,7 @@
 """A headless Chromium that says what a page did: messages, exceptions, requests, overflow, contrast, clipped marks.
 
 It is driven over a pipe with the DevTools protocol (https://chromedevtools.github.io/devtools-protocol/), so that
-nothing listens on a port and nothing else need be installed. Debian: `apt-get install --no-install-recommends chromium`.
+nothing listens on a port and nothing else is needed. Debian: `apt-get install --no-install-recommends chromium`.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ _LOOK = r"""
   for (const element of document.querySelectorAll('body *')) {
     const text = [...element.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join(' ').trim();
     if (!text || !element.getClientRects().length || ['title', 'desc'].includes(element.tagName)) continue;
-    const style = getComputedStyle(element), svg = element instanceof SVGElement;
+    const style = getComputedStyle(element);
+    const svg = element instanceof SVGElement;
     const ink = numbers(svg ? style.fill : style.color).slice(0, 3);
     const [a, b] = [light(ink), light(behind(element))].sort((x, y) => y - x);
     const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
@@ -222,7 +223,7 @@ _LOOK = r"""
       const b = part.getBBox(), slack = 0.6;
       if (b.x < box.x - slack || b.y < box.y - slack || b.x + b.width > box.x + box.width + slack
           || b.y + b.height > box.y + box.height + slack)
-        clipped.push(`outside its drawing: ${part.tagName} ${part.textContent.slice(0, 30)} in ${svg.textContent.slice(0, 30)}`);
+        clipped.push(`outside ${svg.textContent.slice(0, 30)}: ${part.tagName} ${part.textContent.slice(0, 30)}`);
     }
   }
   return {overflow_px: document.scrollingElement.scrollWidth, clipped, faint: [...faint], drawings,
