@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from tests.helpers.chromium import Browser, chromium, missing_chromium
 from tests.helpers.slurm import Cluster, missing_programs, slurm_cluster
 from tests.helpers.training import write_corpus
 
@@ -51,6 +52,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = SourceConfig(path=str(write_corpus(folder)), licence="made for the test")
     data = DataConfig(sources=(source,), heldout_fraction=0.1, workers=1)
     return prepare(data, TokenizerConfig(vocab_size=384), folder / "prepared").folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; a test process starts one for all its tests."""
+    if missing_chromium():
+        message = "not installed: chromium (apt-get install chromium)"
+        assert os.environ.get("CI") != "true", message
+        pytest.skip(message)
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

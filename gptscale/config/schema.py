@@ -367,6 +367,14 @@ class GenerateRoot:
 
 
 @dataclass(frozen=True)
+class InspectRoot:
+    """What `gptscale inspect` reads."""
+
+    verify: bool = False
+    """Of a checkpoint: read every byte and compare it with its checksum."""
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """How `gptscale bench step` measures."""
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gptscale.report.lines import read_json_lines
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
 
@@ -58,15 +59,7 @@ def finite(value: Any) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [line for lines in read_json_lines(path) for line in lines]
 
 
 def cut_back(path: Path, step: int) -> None:

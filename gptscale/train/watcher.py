@@ -18,11 +18,13 @@ from gptscale.evaluate.heldout import Evaluation, HeldoutLoss
 from gptscale.evaluate.samples import Sample
 from gptscale.model.count import flops_per_token
 from gptscale.parallel.ranks import Ranks
+from gptscale.report.facts import read_facts
 from gptscale.runtime.hardware import peak_flops
+from gptscale.train.facts import gather_facts, layout_name
 from gptscale.train.metrics import MetricsFile, read_metrics
 from gptscale.train.noise import SCALE, SIGNAL, TRACE, NoiseWindow
 from gptscale.train.progress import Progress
-from gptscale.train.report import write_report
+from gptscale.train.reporting import Reporter
 from gptscale.train.run_folder import RunFolder
 from gptscale.train.setup import Corpora
 from gptscale.train.taken_step import StepNumbers
@@ -71,6 +73,17 @@ class Watcher:
         self._started_step = progress.step
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
         self._evaluation: Evaluation | None = None
+        facts = gather_facts(
+            settings,
+            corpora,
+            ranks,
+            device_name(ranks.device),
+            progress.step,
+            parameters,
+            None if self._flops_per_token is None else self._flops_per_token(self._plan.sequence_length),
+            self._peak_flops,
+        )
+        self._report = Reporter(folder, facts.after(read_facts(folder.path)))
         self._announce(progress)
 
     def step(self, numbers: StepNumbers) -> None:
@@ -114,7 +127,8 @@ class Watcher:
             profiled = " (profiled: not representative)" if self._settings.profile.covers(progress.step) else ""
             LOG.info(
                 f"step {progress.step}/{self._total_steps}  loss {numbers.loss:.4f}  "
-                f"grad norm {numbers.grad_norm:.2f}  lr {numbers.learning_rate:.2e}  {tokens_per_sec:,.0f} tokens/s{profiled}  "
+                f"grad norm {numbers.grad_norm:.2f}  lr {numbers.learning_rate:.2e}  "
+                f"{tokens_per_sec:,.0f} tokens/s{profiled}  "
                 f"mfu {'unknown' if mfu is None else f'{mfu:.1%}'}  {in_gib(peak_bytes(self._device))}  "
                 f"{self._time_left()} left"
             )
@@ -137,6 +151,7 @@ class Watcher:
             f"{result.overall.bits_per_byte:.3f} bits a byte, over {result.overall.tokens:,} tokens"
             + "".join(f"; {name} {loss.loss:.4f}" for name, loss in result.by_name.items())
         )
+        self._report.draw_if_cheap()
 
     def saving(self) -> None:
         """Before a checkpoint says how far the run is, its metrics up to there are on the disk."""
@@ -144,6 +159,7 @@ class Watcher:
             self._metrics.sync()
             self._samples.sync()
             self._tracker.flush()
+            self._report.draw_if_cheap()
 
     def conclude(self) -> None:
         """Compare with the bigram model, where that is asked for, and write the report."""
@@ -161,7 +177,7 @@ class Watcher:
                 f"held-out loss {heldout.loss:.4f} is {verdict} the {baseline:.4f} of an interpolated bigram "
                 "model fitted to the same tokens"
             )
-        self._write_report(baseline)
+        self._report.conclude(baseline)
 
     def finished(self, progress: Progress) -> None:
         if self._speaks:
@@ -173,27 +189,9 @@ class Watcher:
             self._samples.close()
             self._tracker.close()
 
-    def _write_report(self, baseline: float | None) -> None:
-        settings = self._settings
-        facts = {"parameters": f"{self._parameters:,}", "device": f"{self._ranks} × {device_name(self._device)}"}
-        if self._evaluation is not None:
-            facts["held-out loss"] = f"{self._evaluation.overall.loss:.4f} nats a token"
-            facts["held-out bits a byte"] = f"{self._evaluation.overall.bits_per_byte:.4f}"
-        if baseline is not None:
-            facts["bigram model, same tokens"] = f"{baseline:.4f} nats a token"
-        facts["corpus"] = ", ".join(corpus.path for corpus in self._corpora.folders)
-        if self._flops_per_token is not None:
-            operations = self._flops_per_token(self._plan.sequence_length)
-            facts["operations a token"] = f"{operations:,} (forward and backward, attention counted causally)"
-        config_yaml = (self._folder.path / "config.yaml").read_text(encoding="utf-8")
-        with self._folder.explained():
-            write_report(self._folder.report, self._folder.metrics, f"{settings.run.name}", facts, config_yaml)
-
     def _announce(self, progress: Progress) -> None:
         settings = self._settings
         text_tokens = self._corpora.stream.samples_per_epoch * settings.data.sequence_length
-        engine = settings.parallel.engine
-        layout = "plain" if engine == "plain" else f"ZeRO-{settings.parallel.zero_stage}"
         ranks = "1 rank" if self._ranks == 1 else f"{self._ranks} ranks"
         if progress.step:
             LOG.info(f"going on with {self._folder.path} from step {progress.step}")
@@ -206,7 +204,7 @@ class Watcher:
             )
             LOG.info(f"MFU: tokens/s × {operations / 1e6:,.1f} MFLOP (forward and backward, attention causal) {peak}")
         LOG.info(
-            f"{self._parameters:,} parameters, {text_tokens:,} tokens of text, {ranks} ({layout}), "
+            f"{self._parameters:,} parameters, {text_tokens:,} tokens of text, {ranks} ({layout_name(settings)}), "
             f"{settings.precision.compute}, {tokens_per_step(settings):,} tokens a step"
         )
 

@@ -20,7 +20,6 @@ from gptscale.train.guard import Guard
 from gptscale.train.metrics import MetricsFile, read_metrics
 from gptscale.train.optimizer import build_optimizer, parameter_groups
 from gptscale.train.progress import Progress
-from gptscale.train.report import chart, write_report
 from gptscale.train.resume import differences, refuse_differences
 
 
@@ -98,30 +97,6 @@ def test_the_guard_counts_skips_in_a_row() -> None:
         guard.watch(1, norm)
     with pytest.raises(DivergedError, match="3 updates in a row"):
         guard.watch(6, math.nan)
-
-
-def test_a_report_holds_all_it_shows(tmp_path: Path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    lines = [
-        {
-            "step": s,
-            "tokens": s * 10,
-            "train/loss": 5 / s,
-            "train/grad_norm": 1.0,
-            "train/lr": 1e-3,
-            "throughput/tokens_per_sec": 9.0,
-        }
-        for s in range(1, 2000)
-    ]
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 1999, "eval/loss": 1.0}]))
-    write_report(tmp_path / "report.html", metrics, "a <run>", {"parameters": "7"}, "model: {}\n")
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 4
-    assert "a &lt;run&gt;" in page
-    assert "http" not in page
-    assert "<script" not in page
-    assert len(page) < 200_000
-    assert "nan" not in chart([(1.0, 2.0)])
 
 
 FULL_DISK = """
