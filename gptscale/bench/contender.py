@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from gptscale.config.rules import check
-from gptscale.config.schema import BenchRoot, TrainRoot
+from gptscale.config.schema import BenchRoot, ModelConfig, TrainRoot
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
+from gptscale.train.optimizer import OPTIMIZERS
 
 MATMUL = "matmul"
 """Takes turns with the others, multiplies large matrices only: the rate that no model can exceed."""
@@ -30,6 +32,19 @@ _ALONE = {
     "zero2": "parallel.zero_stage=2",
     "zero3": "parallel.zero_stage=3",
 }
+_PEERS = {
+    "nanogpt": "a loop and model in nanoGPT's style: plain PyTorch, all logits at once",
+    "hf-gpt2": "transformers' GPT2LMHeadModel, attn_implementation=sdpa, fused AdamW",
+    "hf-gpt2-eager": "the same with attn_implementation=eager",
+    "hf-llama": "transformers' LlamaForCausalLM, attn_implementation=sdpa, fused AdamW",
+    "hf-llama-eager": "the same with attn_implementation=eager",
+}
+_OPTIONS = {
+    "full-loss": "the bare loop with all logits at once",
+    "attention-blocked": "the bare loop with train.attention_kernel=blocked",
+    "attention-sdpa": "the bare loop with train.attention_kernel=sdpa",
+}
+"""Ours with something changed. Beside them there is `optimizer-NAME` for every optimizer."""
 _TOGETHER = {
     "ddp": "torch's DistributedDataParallel, no engine",
     **{name: says for name, says in _ALONE.items() if name.startswith("zero")},
@@ -41,18 +56,23 @@ class Contender:
     """One way to take the step that `settings` describe, in `ranks` processes of `threads` threads each."""
 
     name: str
-    kind: Literal["bare", "ddp", "engine", "matmul"]
+    kind: Literal["bare", "ddp", "engine", "peer", "matmul"]
     settings: TrainRoot
     split: BatchSplit
     ranks: int
     threads: int
+
+    @property
+    def same_work(self) -> bool:
+        """Whether its losses must be the reference's. Another optimizer takes other steps, from the second on."""
+        return not self.name.startswith("optimizer-")
 
 
 def build_contenders(settings: BenchRoot) -> list[Contender]:
     """The reference first, the matmul rate last. Raises UserError where settings do not fit together."""
     _check(settings)
     bench = settings.bench
-    known = _ALONE if bench.ranks == 1 else _TOGETHER
+    known = _known(bench.ranks)
     for name in bench.contenders:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -60,9 +80,61 @@ def build_contenders(settings: BenchRoot) -> list[Contender]:
                 f"did you mean {near[0]}?" if near else f"with bench.ranks={bench.ranks} there are: {', '.join(known)}"
             )
             raise UserError(f"bench.contenders: there is no '{name}'\n{fix}")
+        if name in _PEERS and (why := peer_refusal(name, settings.model)) is not None:
+            raise UserError(f"bench.contenders: {name} cannot take part: {why}\nleave it out, or change the model")
     reference = next(iter(known))
-    chosen = [name for name in known if name == reference or not bench.contenders or name in bench.contenders]
+    chosen = [name for name in known if name == reference or name in (bench.contenders or _default(settings))]
     return [_contender(name, settings) for name in [*chosen, MATMUL]]
+
+
+def left_out(settings: BenchRoot) -> dict[str, str]:
+    """Peers that take no part though nobody chose others, and why."""
+    if settings.bench.contenders or settings.bench.ranks > 1:
+        return {}
+    reasons = {name: peer_refusal(name, settings.model) for name in _PEERS}
+    return {name: why for name, why in reasons.items() if why is not None}
+
+
+def peer_refusal(name: str, model: ModelConfig) -> str | None:
+    """Why a peer cannot compute what this model does; None where it can."""
+    if name.startswith("hf-") and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed (pip install 'gptscale[hf]')"
+    plain = ModelConfig()
+    theirs = (
+        {"positions": "rope", "norm": "rmsnorm", "feedforward": "swiglu", "bias": False}
+        if name.startswith("hf-llama")
+        else {"positions": "learned", "norm": "layernorm", "feedforward": "gelu", "bias": True}
+    )
+    fixed = ("block", "qk_norm", "rope_scaling", "embedding_scale", "logit_softcap", "z_loss", "dropout")
+    theirs |= {key: getattr(plain, key) for key in fixed}
+    for key, value in theirs.items():
+        if getattr(model, key) != value:
+            return f"it has no model.{key}={getattr(model, key)}"
+    if "window" in model.attention_pattern:
+        return "it has no window layers"
+    if model.qkv_bias not in (None, model.bias):
+        return f"it has no model.qkv_bias={model.qkv_bias}"
+    if not name.startswith("hf-llama"):
+        if model.kv_heads not in (None, model.heads):
+            return f"it has no model.kv_heads={model.kv_heads}"
+        if model.head_width not in (None, model.width // model.heads):
+            return f"it has no model.head_width={model.head_width}"
+    if name == "nanogpt" and not model.tied_embeddings:
+        return "its head is tied to the embedding"
+    return None
+
+
+def _known(ranks: int) -> dict[str, str]:
+    if ranks > 1:
+        return _TOGETHER
+    optimizers = {f"optimizer-{name}": f"the bare loop with optimizer={name}" for name in OPTIMIZERS}
+    return {**_ALONE, **_PEERS, **_OPTIONS, **optimizers}
+
+
+def _default(settings: BenchRoot) -> list[str]:
+    if settings.bench.ranks > 1:
+        return list(_TOGETHER)
+    return [*_ALONE, *(name for name in _PEERS if peer_refusal(name, settings.model) is None)]
 
 
 def _check(settings: BenchRoot) -> None:
@@ -76,13 +148,31 @@ def _contender(name: str, settings: BenchRoot) -> Contender:
     parallel = replace(settings.parallel, engine="plain" if name == "plain" else "deepspeed")
     if name.startswith("zero"):
         parallel = replace(parallel, zero_stage=int(name.removeprefix("zero")))
+    model, optimizer = settings.model, settings.optimizer
+    if name == "full-loss":
+        model = replace(model, loss_chunk=settings.train.micro_batch * settings.data.sequence_length)
+    if name.startswith("optimizer-"):
+        optimizer = replace(optimizer, name=name.removeprefix("optimizer-"))
     # The length of a run has no part in a step; neither has where it starts.
     one_step = replace(settings.train, steps=1, tokens=None)
+    if name == "attention-blocked":
+        one_step = replace(one_step, attention_kernel="blocked")
+    elif name == "attention-sdpa":
+        one_step = replace(one_step, attention_kernel="sdpa")
     launch = replace(settings.launch, kind="local", nodes=1, ranks=settings.bench.ranks)
-    made = replace(settings, parallel=parallel, train=one_step, launch=launch)
+    made = replace(settings, model=model, optimizer=optimizer, parallel=parallel, train=one_step, launch=launch)
     split = check(made, settings.bench.ranks)
-    kinds: dict[str, Literal["bare", "ddp", "matmul"]] = {"bare": "bare", "ddp": "ddp", MATMUL: "matmul"}
-    return Contender(name, kinds.get(name, "engine"), made, split, settings.bench.ranks, settings.bench.threads)
+    return Contender(name, _kind(name), made, split, settings.bench.ranks, settings.bench.threads)
+
+
+def _kind(name: str) -> Literal["bare", "ddp", "engine", "peer", "matmul"]:
+    if name in _PEERS:
+        return "peer"
+    if name == "plain" or name.startswith("zero"):
+        return "engine"
+    if name == "ddp":
+        return "ddp"
+    return "matmul" if name == MATMUL else "bare"
 
 
 def matmul_flops(device: str) -> int:

@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 
 from gptscale import __version__
 from gptscale.runtime.hardware import describe_host
@@ -23,6 +24,7 @@ class Environment:
     python: str
     torch: str
     deepspeed: str
+    transformers: str | None
     cpu: str
     usable_cores: int
     device: str
@@ -59,6 +61,7 @@ def describe_environment(
         python=platform.python_version(),
         torch=version("torch"),
         deepspeed=version("deepspeed"),
+        transformers=version("transformers") if find_spec("transformers") else None,
         cpu=host.cpu,
         usable_cores=host.cores,
         device=device,

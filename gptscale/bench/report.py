@@ -28,6 +28,8 @@ class Report:
     peak: Peak
     measured: Mapping[str, Samples]
     worst_loss_difference: float
+    left_out: Mapping[str, str]
+    """Who took no part, and why."""
 
     @property
     def reference(self) -> str:
@@ -45,6 +47,7 @@ def to_text(report: Report) -> str:
     environment, settings, bench = report.environment, report.settings, report.bench
     model, vocabulary, length = settings.model, settings.tokenizer.vocab_size, settings.data.sequence_length
     losses = report.measured[report.reference].losses
+    others = [name for name, samples in report.measured.items() if not samples.same_work]
     lines = [
         f"{'command':<9}{environment.command}",
         f"{'date':<9}{environment.date}",
@@ -55,7 +58,7 @@ def to_text(report: Report) -> str:
         f"{'machine':<9}{environment.cpu}, {environment.usable_cores} usable cores; "
         f"{environment.threads} thread{'s' * (environment.threads > 1)} a rank, on {environment.device}",
         f"{'software':<9}gptscale {environment.gptscale}, python {environment.python}, torch {environment.torch}, "
-        f"deepspeed {environment.deepspeed}; {environment.malloc}",
+        f"deepspeed {environment.deepspeed}, transformers {environment.transformers or 'none'}; {environment.malloc}",
         f"{'load':<9}{environment.load_at_start:.2f} at the start, {environment.load_at_end:.2f} at the end, of which "
         f"this command makes up to {environment.ranks * environment.threads}",
         f"{'method':<9}{bench.rounds} rounds of {bench.steps_per_turn} steps, after {bench.warmup_steps} to warm up; "
@@ -70,7 +73,10 @@ def to_text(report: Report) -> str:
         f"÷{report.reference}: median over the rounds of the ratio within a round, with quartiles. of peak: useful "
         "operations ÷ those of",
         "matrix products alone in the same time. memory: most that the process held (on a GPU, its allocator).",
+        *(["* takes other steps by design: its loss is compared at the first only."] if others else []),
+        *(f"{row.name}: {row.built}" for row in report.rows),
     ]
+    lines += [f"not run: {name}: {why}" for name, why in report.left_out.items()]
     doubt = environment.doubt()
     if doubt is not None:
         lines += ["", f"Elapsed times are doubtful: {doubt}. Trust the ratios of CPU-seconds."]
@@ -82,7 +88,7 @@ def _table(report: Report) -> list[str]:
     header = ["", "ms a step", f"÷{reference}", "of peak", "CPU-ms a step", f"÷{reference}", "of peak", "memory"]
     rows = [
         [
-            row.name,
+            row.name if report.measured[row.name].same_work else f"{row.name}*",
             _times(row.wall_s),
             _ratio(row.wall_ratio),
             f"{row.wall_share_of_peak:.0%}",
@@ -130,6 +136,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "environment": dataclasses.asdict(report.environment),
         "wall_is_doubtful": report.environment.doubt(),
         "worst_loss_difference": report.worst_loss_difference,
+        "left_out": dict(report.left_out),
         "peak": dataclasses.asdict(report.peak),
         "reference": report.reference,
         "contenders": {row.name: dataclasses.asdict(row) for row in report.rows},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gptscale.bench.contender import EQUAL_LOSS, MATMUL, Contender, matmul_flops
 from gptscale.bench.environment import describe_environment, load_average
@@ -18,11 +18,12 @@ def bench_step(
     command: str,
     port: Callable[[], int],
     say: Callable[[str], None],
+    left_out: Mapping[str, str],
 ) -> Report:
     """Measure these contenders, the first of them being the reference.
 
-    `port` gives each a port where its ranks meet; `say` hears how far it is. Raises BenchError where no figure can be
-    trusted, UserError where a contender refuses its settings.
+    `left_out` says who takes no part, and why; `port` gives each a port where its ranks meet; `say` hears how far it
+    is. Raises BenchError where no figure can be trusted, UserError where a contender refuses its settings.
     """
     common = contenders[0]
     load_at_start = load_average()
@@ -39,5 +40,6 @@ def bench_step(
         rows=summarise(measured, step_flops(common), peak),
         peak=peak,
         measured=measured,
+        left_out=left_out,
         worst_loss_difference=check_equal_losses(measured, EQUAL_LOSS[common.settings.precision.compute]),
     )

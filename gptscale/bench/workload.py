@@ -24,7 +24,7 @@ from gptscale.parallel.engine import build_engine
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.process import ProcessInfo, find_process
 from gptscale.runtime.seeds import derive_seed
-from gptscale.train.optimizer import build_optimizer
+from gptscale.train.optimizer import build_optimizer, parameter_groups
 from gptscale.train.setup import build_model
 
 POOL = 4
@@ -65,7 +65,7 @@ def build_workload(contender: Contender) -> Workload:
     device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if contender.kind == "matmul":
         return Workload("torch.mm", device, matmul_step(settings, device), [[]], settings.run.seed)
-    built, step = {"bare": bare_step, "ddp": ddp_step, "engine": engine_step}[contender.kind](
+    built, step = {"bare": bare_step, "ddp": ddp_step, "engine": engine_step, "peer": peer_step}[contender.kind](
         contender, process, device
     )
     # DeepSpeed changes torch for the process that imports it; what it is compared with must be torch's own.
@@ -79,6 +79,8 @@ def bare_step(contender: Contender, process: ProcessInfo, device: torch.device) 
     """The loop that anybody would write: what a step costs at least."""
     settings = contender.settings
     model = build_model(settings, settings.tokenizer.vocab_size).to(device)
+    kernel = settings.train.attention_kernel
+    model.use_attention("auto" if kernel == "fastest" else kernel)
     optimizer = build_optimizer(model, settings.optimizer)
     parameters = list(model.parameters())
     clip_norm = settings.optimizer.clip_norm or float("inf")
@@ -96,6 +98,43 @@ def bare_step(contender: Contender, process: ProcessInfo, device: torch.device) 
         return float(total)
 
     return f"loop, {type(optimizer).__name__}", step
+
+
+def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
+    """Somebody else's model, as its own training script takes a step: autocast, mean losses, clipping, AdamW."""
+    from gptscale.bench.peers import build_peer
+
+    settings = contender.settings
+    name, attention = contender.name.removesuffix("-eager"), "eager" if contender.name.endswith("-eager") else "sdpa"
+    model, mean_loss = build_peer(name, build_model(settings, settings.tokenizer.vocab_size), attention)
+    model.to(device).train()
+    config = settings.optimizer
+    # Hugging Face's Trainer takes the fused kernel (`adamw_torch_fused`); nanoGPT does on CUDA only.
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.named_parameters(), config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True if name != "nanogpt" or device.type == "cuda" else None,
+    )
+    parameters = list(model.parameters())
+    clip_norm = config.clip_norm or float("inf")
+    compute = COMPUTE_TYPES[settings.precision.compute]
+
+    def step(microbatches: Sequence[Batch]) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=device)
+        for batch in microbatches:
+            with torch.autocast(device.type, compute, enabled=compute != torch.float32):
+                loss: torch.Tensor = mean_loss(batch.inputs_BT, batch.targets_BT) / len(microbatches)
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        return float(total)
+
+    fused = "fused " if optimizer.defaults["fused"] else ""
+    return f"{type(model).__name__}{'' if name == 'nanogpt' else f', {attention}'}, {fused}AdamW", step
 
 
 def ddp_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:

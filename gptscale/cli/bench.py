@@ -18,7 +18,7 @@ from gptscale.launcher.ports import reserved_port
 from gptscale.runtime.errors import EXIT_DONE, EXIT_FAILED, UserError
 from gptscale.runtime.files import write_bytes_atomically
 
-SUBJECTS = {"step": "one optimizer step of every engine, beside a bare PyTorch loop over the same model"}
+SUBJECTS = {"step": "one optimizer step of every engine, beside a bare loop, Hugging Face and a nanoGPT-style loop"}
 
 
 def help_text() -> str:
@@ -29,7 +29,7 @@ def help_text() -> str:
 
 def run(arguments: Sequence[str]) -> int:
     settings = compose("bench", BenchRoot, _after_subject(arguments)).settings
-    from gptscale.bench.contender import build_contenders
+    from gptscale.bench.contender import build_contenders, left_out
     from gptscale.bench.group import BenchError
     from gptscale.bench.report import to_json, to_text
     from gptscale.bench.step import bench_step
@@ -47,6 +47,7 @@ def run(arguments: Sequence[str]) -> int:
                 command,
                 lambda: 0 if settings.bench.ranks == 1 else ports.enter_context(reserved_port()),
                 lambda line: print(line, file=sys.stderr, flush=True),
+                left_out(settings),
             )
         except BenchError as error:
             print(error, file=sys.stderr)

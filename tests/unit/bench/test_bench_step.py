@@ -43,7 +43,8 @@ def test_every_contender_is_measured_and_computes_the_same(tmp_path: Path) -> No
         code, table, progress = command.end(LIMIT_S)
         command.wait_until_gone(5)
     assert code == 0, progress
-    names = ["bare", "plain", "zero0", "zero1", "zero2", "zero3"]
+    engines = ["bare", "plain", "zero0", "zero1", "zero2", "zero3"]
+    names = [*engines, "nanogpt", "hf-gpt2", "hf-gpt2-eager"]
     assert [line.split()[0] for line in table.splitlines() if "MiB" in line] == names
     for expected in ("command  gptscale bench step model.layers=1", "vocabulary 256", "÷bare", "torch 2", "load "):
         assert expected in table
@@ -53,7 +54,11 @@ def test_every_contender_is_measured_and_computes_the_same(tmp_path: Path) -> No
         "bare": "loop, AdamW",
         "plain": "PlainEngine",
         **{f"zero{stage}": f"ZeroEngine, stage {stage}" for stage in range(4)},
+        "nanogpt": "NanoGPT, AdamW",
+        "hf-gpt2": "GPT2LMHeadModel, sdpa, fused AdamW",
+        "hf-gpt2-eager": "GPT2LMHeadModel, eager, fused AdamW",
     }
+    assert "not run: hf-llama: it has no model.positions=learned" in table
     for name, row in figures["contenders"].items():
         samples = figures["samples"][name]
         assert [len(turn) for turn in samples["wall_s"]] == [len(turn) for turn in samples["cpu_s"]] == [2, 2]

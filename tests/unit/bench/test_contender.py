@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gptscale.bench.contender import build_contenders
+from gptscale.bench.contender import build_contenders, left_out
 from gptscale.config.compose import compose
 from gptscale.config.schema import BenchConfig, BenchRoot
 from gptscale.runtime.errors import UserError
@@ -18,10 +18,13 @@ def settings(*overrides: str, **bench: Any) -> BenchRoot:
     return replace(root, bench=BenchConfig(**bench))
 
 
-def test_one_rank_has_a_bare_loop_for_reference_and_every_engine() -> None:
+def test_one_rank_has_a_bare_loop_for_reference_every_engine_and_peers() -> None:
     contenders = build_contenders(settings())
-    assert [c.name for c in contenders] == ["bare", "plain", "zero0", "zero1", "zero2", "zero3", "matmul"]
-    engines = {c.name: (c.settings.parallel.engine, c.settings.parallel.zero_stage) for c in contenders[1:-1]}
+    engine_names = ["plain", "zero0", "zero1", "zero2", "zero3"]
+    peers = ["nanogpt", "hf-gpt2", "hf-gpt2-eager"]
+    assert [c.name for c in contenders] == ["bare", *engine_names, *peers, "matmul"]
+    assert [c.kind for c in contenders] == ["bare", *["engine"] * 5, *["peer"] * 3, "matmul"]
+    engines = {c.name: (c.settings.parallel.engine, c.settings.parallel.zero_stage) for c in contenders[1:6]}
     assert engines["plain"][0] == "plain"
     assert {name: engine for name, engine in engines.items() if name != "plain"} == {
         f"zero{stage}": ("deepspeed", stage) for stage in range(4)
@@ -33,6 +36,37 @@ def test_contenders_differ_in_their_engine_alone() -> None:
     same = contenders[0].settings.parallel
     assert len({replace(c.settings, parallel=same) == contenders[0].settings for c in contenders}) == 1
     assert {(c.ranks, c.threads, c.split) for c in contenders} == {(1, 1, contenders[0].split)}
+
+
+LLAMA = [
+    "model.positions=rope",
+    "model.norm=rmsnorm",
+    "model.feedforward=swiglu",
+    "model.bias=false",
+    "model.kv_heads=2",
+]
+
+
+def test_a_peer_takes_part_where_it_can_compute_the_same() -> None:
+    llama = settings(*LLAMA)
+    assert [c.name for c in build_contenders(llama) if c.kind == "peer"] == ["hf-llama", "hf-llama-eager"]
+    assert set(left_out(llama)) == {"nanogpt", "hf-gpt2", "hf-gpt2-eager"}
+    for changed in ("model.qk_norm=true", "model.logit_softcap=30", "model.dropout=0.1"):
+        assert len(left_out(settings(*LLAMA, changed))) == 5, changed
+    assert left_out(settings(contenders=("plain",))) == {}
+    with pytest.raises(UserError, match="hf-llama cannot take part: it has no model"):
+        build_contenders(settings(contenders=("hf-llama",)))
+
+
+def test_ours_can_be_measured_with_something_changed() -> None:
+    names = ("full-loss", "attention-blocked", "optimizer-muon")
+    contenders = {c.name: c for c in build_contenders(settings(contenders=names))}
+    assert list(contenders) == ["bare", *names, "matmul"]
+    assert {c.kind for name, c in contenders.items() if name in names} == {"bare"}
+    assert contenders["full-loss"].settings.model.loss_chunk == 512
+    assert contenders["attention-blocked"].settings.train.attention_kernel == "blocked"
+    assert contenders["optimizer-muon"].settings.optimizer.name == "muon"
+    assert [name for name, c in contenders.items() if not c.same_work] == ["optimizer-muon"]
 
 
 def test_several_ranks_are_compared_with_ddp() -> None:
