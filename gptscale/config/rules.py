@@ -179,8 +179,10 @@ def source_names(data: DataConfig) -> tuple[str, ...]:
     names: list[str] = []
     for corpus in data.path:
         base = re.sub(r"[^A-Za-z0-9_-]", "-", os.path.basename(os.path.normpath(corpus.path)))
-        taken = sum(name == base or name.startswith(f"{base}-") for name in names)
-        names.append(base if base not in names else f"{base}-{taken + 1}")
+        name, number = base, 2
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
     return tuple(names)
 
 

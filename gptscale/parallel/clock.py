@@ -26,6 +26,10 @@ class Clock:
         assert isinstance(self._last, float)
         return Seconds(self._last - start)
 
+    def restart(self) -> None:
+        """What went before belongs to no lap."""
+        self._last = self._now()
+
     def _now(self) -> torch.cuda.Event | float:
         if not self._cuda:
             return time.perf_counter()

@@ -19,6 +19,7 @@ from gptscale.data.stream import StepData, StepFeed
 from gptscale.evaluate.heldout import evaluate_sets
 from gptscale.evaluate.samples import greedy_samples
 from gptscale.model.gpt import GPT
+from gptscale.parallel.clock import Clock
 from gptscale.parallel.engine import Engine, build_engine
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.errors import StoppedError
@@ -56,14 +57,14 @@ class Session:
     progress: Progress
     watcher: Watcher
     guard: Guard
+    clock: Clock
+    """Laps from the end of a step, evaluation or save to the end of the next step."""
     profiler: StepProfiler
     plan: StepPlan
     total_steps: int
     schedule_tokens: int
     taken: TakenStep | None = None
     """A step that the device was given, its numbers not read yet."""
-    since_s: float = 0.0
-    """When the last step, evaluation or save ended: what follows is the next step's time."""
     save_s: float = 0.0
     """Time spent in saves since the last step."""
 
@@ -130,6 +131,7 @@ def train_in(
         progress=progress,
         watcher=Watcher(composed, folder, corpora, progress, ranks, parameters),
         guard=Guard(settings.guard, progress.skipped_in_a_row),
+        clock=Clock(ranks.device),
         profiler=StepProfiler(settings.profile, folder.path, ranks.rank, ranks.size, ranks.device),
         plan=step_plan(settings),
         total_steps=total_steps,
@@ -164,7 +166,7 @@ def run_to_end(session: Session, stop: StopRequest) -> None:
     session.profiler.announce(session.progress.step, total_steps)
     feed = StepFeed(session.corpora.stream, session.plan, session.split, session.ranks.rank, start)
     with feed, settled_whatever_comes(session):
-        session.since_s = time.perf_counter()
+        session.clock.restart()
         while session.progress.step < total_steps:
             with session.profiler.step(session.progress.step + 1, total_steps):
                 stopping = one_step(session, feed, stop)
@@ -210,7 +212,7 @@ def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> b
         result = session.engine.train_step(data.microbatches, rate, measure_noise)
     sample_hash, stopping = ranks.sum([data.sample_hash, int(stop.requested)])
     session.progress = progress.advanced(samples, samples * session.plan.sequence_length, sample_hash)
-    taken = TakenStep(result, session.progress, rate, data.wait_s, session.save_s)
+    taken = TakenStep(result, session.progress, rate, session.clock.lap(), data.wait_s, session.save_s)
     settle(session)
     session.taken, session.save_s = taken, 0.0
     return stopping > 0
@@ -220,7 +222,7 @@ def settle(session: Session) -> None:
     """Read the numbers of the step that was taken last, if that is still to be done: write its line, guard the run."""
     taken, session.taken = session.taken, None
     if taken is not None:
-        numbers, session.since_s = taken.read(session.since_s)
+        numbers = taken.read()
         session.watcher.step(numbers)
         session.guard.watch(numbers.progress.step, numbers.grad_norm, numbers.loss_scale)
 
@@ -232,8 +234,8 @@ def save_run(session: Session) -> None:
     all_or_none(session.ranks, session.watcher.saving, "writing the metrics")
     progress = replace(session.progress, skipped_in_a_row=session.guard.skipped_in_a_row)
     save(session.composed, session.engine, session.folder, progress, session.corpora, session.ranks)
-    session.since_s = time.perf_counter()
-    session.save_s += session.since_s - started_s
+    session.save_s += time.perf_counter() - started_s
+    session.clock.restart()
 
 
 def evaluate(session: Session) -> None:
@@ -245,8 +247,8 @@ def evaluate(session: Session) -> None:
     samples = greedy_samples(
         session.engine, corpora.tokenizer, settings.prompts, settings.sample_tokens, session.plan.sequence_length
     )
-    session.since_s = time.perf_counter()
-    session.watcher.evaluated(session.progress, result, samples, session.since_s - started_s)
+    session.watcher.evaluated(session.progress, result, samples, time.perf_counter() - started_s)
+    session.clock.restart()
 
 
 def due(step: int, every_steps: int) -> bool:

@@ -6,13 +6,12 @@ given the next step late. So the numbers are sent to the host when the step is g
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gptscale.flow import StepResult
+from gptscale.flow import Duration, StepResult
 from gptscale.train.progress import Progress
 
 
@@ -66,29 +65,33 @@ class TakenStep:
     """A step that has been given to the device."""
 
     def __init__(
-        self, result: StepResult, progress: Progress, learning_rate: float, data_s: float, save_s: float
+        self,
+        result: StepResult,
+        progress: Progress,
+        learning_rate: float,
+        step_time: Duration,
+        data_s: float,
+        save_s: float,
     ) -> None:
-        self.progress = progress
         self._result = result
+        self._progress = progress
         self._learning_rate = learning_rate
+        self._step_time = step_time
         self._data_s = data_s
         self._save_s = save_s
         noise = [part for part in (result.noise_signal, result.noise_trace) if part is not None]
         self._readback = Readback([result.loss, result.grad_norm, *noise])
-        # A CPU has computed it by now. Of a device it is known when its numbers arrive.
-        self._ended_s = time.perf_counter() if result.loss.device.type == "cpu" else None
 
-    def read(self, since_s: float) -> tuple[StepNumbers, float]:
-        """Its numbers, and when it ended, by `time.perf_counter`; it was worked on since `since_s`."""
+    def read(self) -> StepNumbers:
+        """Waits until the device has passed the step, but for nothing that it was given since."""
         loss, grad_norm, *noise = self._readback.read()
-        ended_s = time.perf_counter() if self._ended_s is None else self._ended_s
         signal, trace = noise or (None, None)
-        numbers = StepNumbers(
-            progress=self.progress,
+        return StepNumbers(
+            progress=self._progress,
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=self._learning_rate,
-            step_time_s=ended_s - since_s,
+            step_time_s=self._step_time.seconds(),
             data_s=self._data_s,
             forward_backward_s=self._result.forward_backward_s,
             update_s=self._result.update_s,
@@ -97,4 +100,3 @@ class TakenStep:
             noise_signal=signal,
             noise_trace=trace,
         )
-        return numbers, ended_s

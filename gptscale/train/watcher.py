@@ -138,6 +138,7 @@ class Watcher:
         if not self._speaks:
             return
         self._evaluation = result
+        self._pace.append((0, elapsed_s))
         values = {"step": progress.step, **_heldout_values("eval/", result.overall)}
         for name, loss in result.by_name.items():
             values |= _heldout_values(f"eval/{name}/", loss)

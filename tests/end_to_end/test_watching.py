@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptscale.config.schema import DataConfig, GenerateConfig, SourceConfig, TokenizerConfig
+from gptscale.config.rules import source_names
+from gptscale.config.schema import CorpusConfig, DataConfig, GenerateConfig, SourceConfig, TokenizerConfig
 from tests.helpers import ranks
 from tests.helpers.syncs import counting
 from tests.helpers.training import read_metrics, run_training, small_run, train, write_corpus
@@ -37,9 +39,9 @@ def watched(arguments: list[str], hasty: bool) -> int:
             float(result.loss)
         return result
 
-    def was_read(self: Any, since_s: float) -> Any:
+    def was_read(self: Any) -> Any:
         events.append("read")
-        return read(self, since_s)
+        return read(self)
 
     def evaluated(self: Any, batch: Any) -> Any:
         if events[-1] != "evaluate":
@@ -130,6 +132,27 @@ def test_held_out_sets_and_samples_are_alike_on_every_layout(corpus: Path, secon
     assert generated(tmp_path / "plain") == [line["completion"] for line in lines[2:]]
 
 
+def test_sets_and_samples_are_those_of_a_run_that_was_never_stopped(corpus: Path, second: Path, tmp_path: Path) -> None:
+    base = [*PLAIN, "schedule.total_steps=12", "checkpoint.every_steps=4", "evaluation.every_steps=3"]
+    run_training([*mixture(corpus, second, tmp_path / "whole"), *base], 1, tmp_path)
+    # Stopped at 8 steps; the checkpoint of step 8 is then taken away, as a kill before it would have it: what was
+    # written about step 6 is cut off and written again.
+    twice = [*mixture(corpus, second, tmp_path / "twice"), *base]
+    run_training([*twice, "train.steps=8"], 1, tmp_path)
+    shutil.rmtree(tmp_path / "twice" / "checkpoints" / "step-00000008")
+    run_training(twice, 1, tmp_path)
+    whole, again = (
+        [line for line in read_metrics(tmp_path / name) if "eval/loss" in line and line["step"] % 3 == 0]
+        for name in ("whole", "twice")
+    )
+    values = [[{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines] for lines in (whole, again)]
+    assert values[0] == values[1]
+    assert [line["step"] for line in again] == [3, 6, 9, 12]
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "twice")]
+    assert samples[0] == samples[1]
+    assert len(samples[0].splitlines()) == 8
+
+
 def generated(run: Path) -> list[str]:
     """What `gptscale generate` makes of the run's last checkpoint."""
     import torch
@@ -156,6 +179,13 @@ def test_a_step_says_where_its_time_goes(corpus: Path, tmp_path: Path) -> None:
     assert "mfu unknown" in log
     assert "of a peak that is not known" in log
     assert " GiB  0:00 left" in log
+
+
+def test_sources_have_names_of_their_own() -> None:
+    folders = ("x/a", "x/a-3", "y/a", "z/a", "w/it's")
+    mixture = DataConfig(path=tuple(CorpusConfig(path) for path in folders))
+    assert source_names(mixture) == ("a", "a-3", "a-2", "a-4", "it-s")
+    assert source_names(DataConfig(path="x/a")) == ()
 
 
 def test_sets_that_cannot_be_are_refused(corpus: Path, second: Path, tmp_path: Path) -> None:
