@@ -23,6 +23,8 @@ from typing import Any
 import deepspeed.runtime.engine as engine_module
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.utils import all_gather_dp_groups, combine_grad_norm_groups
 from deepspeed.runtime.zero import stage3 as stage3_module
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -209,6 +211,8 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
     def __init__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         self._alone = dist.get_world_size() == 1
         super().__init__(module, *args, **kwargs)
+        assert self.reduce_and_partition_stream in (None, get_accelerator().default_stream())
+        assert not self.offload_optimizer
         if self._alone:
             parameters: list[Any] = list(module.parameters())
             parameters[0].all_gather(parameters)
@@ -229,6 +233,23 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         assert param.grad is not None
         (place.copy_ if self.micro_step_id == 0 else place.add_)(param.grad.view(-1))
         param.grad = None
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """As the stock one, which on a GPU also waits for the stream of reductions after every backward.
+
+        Without `overlap_comm` that is the stream of everything else, whose order is enough.
+        """
+        for dtype in sort_dtypes(self.ipg_buckets.keys()):
+            self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+        for key in self.params_already_reduced:
+            self.params_already_reduced[key] = False
+        places: dict[int, Tensor] = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for index, sub_group in enumerate(self.fp16_groups):
+            self.averaged_gradients[index] = [
+                places[parameter.ds_id] if parameter.requires_grad else torch.zeros_like(parameter.ds_tensor)
+                for parameter in sub_group
+            ]
+        self._epilogue_ran_this_backward = True
 
     def get_grad_norm_direct(self, gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
         group = self._get_param_partition_group(params[0])
