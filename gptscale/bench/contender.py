@@ -143,6 +143,12 @@ def _check(settings: BenchRoot) -> None:
         if value < 1:
             raise UserError(f"bench.{key}={value} is below 1\nset bench.{key}=1 or more")
 
+    if settings.precision.compute not in EQUAL_LOSS:
+        raise UserError(
+            f"precision.compute={settings.precision.compute}: the bare loop does not scale its loss, and so is no "
+            "reference\nuse precision=fp32 or precision=bf16"
+        )
+
 
 def _contender(name: str, settings: BenchRoot) -> Contender:
     parallel = replace(settings.parallel, engine="plain" if name == "plain" else "deepspeed")

@@ -101,6 +101,11 @@ def test_what_cannot_be_is_answered_with_what_can(bench: dict[str, Any], lines: 
         build_contenders(settings(**bench))
 
 
+def test_half_precision_has_no_bare_loop_beside_it() -> None:
+    with pytest.raises(UserError, match="the bare loop does not scale its loss"):
+        build_contenders(settings("precision=fp16"))
+
+
 @pytest.mark.parametrize("key", ["rounds", "steps_per_turn", "warmup_steps", "ranks", "threads"])
 def test_nothing_is_measured_zero_times(key: str) -> None:
     with pytest.raises(UserError, match=f"bench.{key}=0 is below 1\nset bench.{key}=1"):
