@@ -40,6 +40,7 @@ RESERVE_BYTES = 16 * 2**20
 
 _NO_MEMORY = re.compile(
     r"can't allocate memory"  # torch's allocator on the CPU, a RuntimeError
+    r"|std::bad_alloc"
     r"|CUDA error: out of memory"
     r"|CUBLAS_STATUS_ALLOC_FAILED"
     r"|(?:CUDA|HIP) out of memory"

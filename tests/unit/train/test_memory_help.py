@@ -24,6 +24,7 @@ CUDA = (
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), 20 * 2**20),
         (MemoryError("Unable to allocate 8.00 GiB for an array with shape (1073741824,)"), 2**33),
         (MemoryError(), None),
+        (RuntimeError("std::bad_alloc"), None),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), None),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),
         (RuntimeError("CUDA error: out of memory"), None),
