@@ -170,17 +170,19 @@ def batches(step: int, cell: Cell, split: BatchSplit, data_rank: int) -> list[Ba
     if cell.masks:
         for row in range(GLOBAL_BATCH):
             targets[row, : 3 * row] = IGNORED_TARGET
-    starts = torch.from_numpy(document_starts(np.where(rows[:, :-1] < VOCABULARY // 8, END_OF_TEXT, 0), END_OF_TEXT))
     mine = list(split.rows(data_rank))
     return [
-        Batch(inputs, marked, int((marked != IGNORED_TARGET).sum()), begins if cell.documents else None)
-        for inputs, marked, begins in zip(
-            rows[mine, :-1].split(split.micro_batch),
-            targets[mine].split(split.micro_batch),
-            starts[mine].split(split.micro_batch),
-            strict=True,
+        Batch(inputs, marked, int((marked != IGNORED_TARGET).sum()), starts(inputs) if cell.documents else None)
+        for inputs, marked in zip(
+            rows[mine, :-1].split(split.micro_batch), targets[mine].split(split.micro_batch), strict=True
         )
     ]
+
+
+def starts(inputs: torch.Tensor) -> torch.Tensor:
+    """Documents that end at one token of eight."""
+    ended = np.where(inputs < VOCABULARY // 8, END_OF_TEXT, 0)
+    return torch.from_numpy(document_starts(ended, END_OF_TEXT))
 
 
 class poison:  # noqa: N801 (reads as a verb where it is used)

@@ -46,7 +46,7 @@ finished: step 40 of 40
 
   training loss     {loss} nats a token
   tokens            20,971,520 (0.0589 a parameter)
-  time of training  1 min 17 s
+  time of training  1 min {seconds} s
   throughput        {speed} tokens/s
   MFU               {mfu} % of 7.92 PFLOP/s
   peak memory       38.8 GiB (rank 0)
@@ -129,7 +129,7 @@ def test_a_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> N
         "written by  1 rank, ZeRO-2, micro-batch 4",
         "parameters  1,078 in 3 tensors",
         "files       all there, with the right sizes; verify=true reads them",
-        "embedding.weight     64 × 16    1.02k    4 KiB",
+        "embedding.weight     64 × 16    1.02k      4 KiB",
     ):
         assert f"  {line}\n" in out, out
     out, _ = inspected(capsys, checkpoint, "verify=true")

@@ -27,7 +27,7 @@ class LinearRegression(torch.nn.Module):
         self.left = torch.nn.Parameter(torch.zeros(2))
         self.right = torch.nn.Parameter(torch.zeros(WIDTH - 2))
 
-    def forward(self, x_BD: Tensor, y_B: Tensor) -> Tensor:
+    def forward(self, x_BD: Tensor, y_B: Tensor, documents: None = None) -> Tensor:
         return (x_BD @ torch.cat((self.left, self.right)) - y_B).square().sum() / 2
 
 
