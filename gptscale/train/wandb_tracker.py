@@ -62,7 +62,14 @@ class WandbTracker:
 
     def close(self) -> None:
         if not self._silent:
-            self._unless_it_died(self._run.finish)
+            self._unless_it_died(self._finish)
+
+    def _finish(self) -> None:
+        """`finish` may return before wandb's process has written the record; its end is what one can wait for."""
+        import wandb
+
+        self._run.finish()
+        wandb.teardown(0)
 
     def _unless_it_died(self, action: Any) -> None:
         """wandb's own process may be killed, by the kernel where memory is short; a training need not end for that."""
