@@ -61,24 +61,25 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], InspectRoot]:
 
 def one_subject(path: Path, verify: bool, width: int) -> None:
     """Print it. Raises UserError where it is damaged, or nothing that is known here."""
-    from gptscale.report.checkpoint_text import is_checkpoint
-    from gptscale.report.data_text import is_prepared
     from gptscale.report.record import is_run, read_run
-    from gptscale.report.run_text import run_text
 
-    if not is_run(path):
-        if is_checkpoint(path):
-            return one_checkpoint(path, verify)
-        if not is_prepared(path):
-            raise UserError(f"{path}: no run, checkpoint or prepared text\n{EXAMPLE}")
-        from gptscale.report.data_text import data_text
+    if is_run(path):
+        from gptscale.report.run_text import run_text
 
-        refuse_verify(verify, "prepared text is verified by data.verify=true when a training starts")
-        print(data_text(path))
-    else:
         refuse_verify(verify, "name a checkpoint of the run, runs/NAME/checkpoints/step-…")
         print(run_text(read_run(path), width))
-    return None
+        return
+    from gptscale.report.checkpoint_text import is_checkpoint
+
+    if is_checkpoint(path):
+        one_checkpoint(path, verify)
+        return
+    from gptscale.report.data_text import data_text, is_prepared  # imports sentencepiece
+
+    if not is_prepared(path):
+        raise UserError(f"{path}: no run, checkpoint or prepared text\n{EXAMPLE}")
+    refuse_verify(verify, "prepared text is verified by data.verify=true when a training starts")
+    print(data_text(path))
 
 
 def one_checkpoint(path: Path, verify: bool) -> None:
