@@ -17,7 +17,7 @@ class Documents:
     """The documents of one batch: tokens attend within their own alone, and learned positions restart with each.
 
     Every form but `starts_BT` is made when first asked for, once for all layers and for activation checkpointing's
-    second forward. Modules are given the object and not its tensors: the hooks of ZeRO-3 would take these into the
+    second forward. Modules are given the object and not its tensors, which the hooks of ZeRO-3 would take into the
     graph of gradients.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 import numpy as np
 
@@ -24,7 +25,7 @@ SPARKS = (
 
 def run_text(run: RunRecord, width: int) -> str:
     """State, figures and curves, in lines of at most `width` letters where the words allow it."""
-    blocks = [_head(run), _figures(run), _loss_chart(run, width), _sparks(run, width), _heldout(run), _time(run)]
+    blocks = [_head(run), _figures(run), _loss_chart(run, width), _sparks(run, width), _heldout(run), _time(run, width)]
     blocks += [_data(run), _sample(run, width)]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -120,12 +121,12 @@ def _heldout(run: RunRecord) -> list[str]:
     return found
 
 
-def _time(run: RunRecord) -> list[str]:
+def _time(run: RunRecord, width: int) -> list[str]:
     if run.seconds is None:
         return []
     total = run.seconds.total or 1.0
     shares = ", ".join(f"{name} {percent(value / total)}" for name, value in run.seconds.parts())
-    return [f"  time: {shares}"]
+    return textwrap.wrap(f"time: {shares}", width, initial_indent="  ", subsequent_indent="        ")
 
 
 def _data(run: RunRecord) -> list[str]:

@@ -174,7 +174,10 @@ def test_who_can_do_what(monkeypatch: pytest.MonkeyPatch) -> None:
     assert able(plain_case) == ["sdpa", "blocked"]
     half = plain_case._replace(dtype=torch.bfloat16)
     assert able(half) == ["sdpa", "blocked"]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert able(half._replace(tokens=256)) == ["blocked", "sdpa"]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert able(half._replace(tokens=256)) == ["sdpa", "blocked"], "products are emulated"
     for only_blocked in ({"dropout": 0.1}, {"window": 100}, {"documents": True}):
         assert able(plain_case._replace(**only_blocked)) == ["blocked"]  # type: ignore[arg-type]
 
