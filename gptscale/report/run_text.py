@@ -99,7 +99,7 @@ def _sparks(run: RunRecord, width: int) -> list[str]:
         values = run.steps.column(key)
         known = values[np.isfinite(values)]
         if len(known):
-            bars = sparkline(values, max(8, width - 44))
+            bars = sparkline(values, max(8, width - 50))
             rows.append([name, bars, short(float(known[-1])), f"({short(known.min())} … {short(known.max())})"])
     return columns([["", "over the run", "last", "(range)"], *rows], right=(2,)) if rows else []
 

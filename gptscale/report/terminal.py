@@ -27,7 +27,8 @@ def line_chart(
     if not any(len(found) for found in values):
         return []
     across, up = x_axis(max(ends)), y_axis(np.concatenate(values))
-    inner = max(8, width - LABEL - 2)
+    # Beside the last tick, of which half hangs over, stands the name of the axis.
+    inner = max(8, width - LABEL - len(x) - 6)
     dots = np.zeros((height, inner), dtype=np.int64)
     for xs, ys in curves:
         known = np.isfinite(ys)
