@@ -34,6 +34,7 @@ _ALONE = {
 }
 _PEERS = {
     "nanogpt": "a loop and model in nanoGPT's style: plain PyTorch, all logits at once",
+    "nanogpt-fused": "the same with the fused AdamW, which nanoGPT takes on CUDA only",
     "hf-gpt2": "transformers' GPT2LMHeadModel, attn_implementation=sdpa, fused AdamW",
     "hf-gpt2-eager": "the same with attn_implementation=eager",
     "hf-llama": "transformers' LlamaForCausalLM, attn_implementation=sdpa, fused AdamW",
@@ -119,7 +120,7 @@ def peer_refusal(name: str, model: ModelConfig) -> str | None:
             return f"it has no model.kv_heads={model.kv_heads}"
         if model.head_width not in (None, model.width // model.heads):
             return f"it has no model.head_width={model.head_width}"
-    if name == "nanogpt" and not model.tied_embeddings:
+    if name.startswith("nanogpt") and not model.tied_embeddings:
         return "its head is tied to the embedding"
     return None
 

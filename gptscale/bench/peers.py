@@ -9,6 +9,7 @@ Shape legend: B sequences, T tokens, D width, H heads, W features of a head, V v
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 
 from gptscale.config.schema import ModelConfig
 from gptscale.model.gpt import GPT
+from gptscale.model.init import initialise
 from gptscale.model.shape import feedforward_width, head_width, kv_heads
+
+PROOF_STD, PROOF_TOKENS = 0.2, 64
+PROOF_TOLERANCE = 1e-4
+"""fp32 rounding through some layers. Two matrices that changed places move the loss by far more."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(inputs_BT, targets_BT) → mean loss of the micro-batch, by the peer's own forward and loss."""
@@ -39,6 +45,24 @@ def build_peer(name: str, ours: GPT, attention: str) -> tuple[nn.Module, Loss]:
         return found
 
     return hugging_face, loss
+
+
+@torch.no_grad()
+def prove_equal(name: str, config: ModelConfig, vocab_size: int, attention: str) -> None:
+    """Raises RuntimeError where the peer does not compute what ours does.
+
+    In fp32, at weights of `PROOF_STD`: at initial ones attention hardly moves the loss, and a wrong map would not show.
+    """
+    ours = GPT(replace(config, init_std=PROOF_STD), vocab_size, PROOF_TOKENS, torch.float32)
+    initialise(ours, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, vocab_size, (2, PROOF_TOKENS + 1), generator=generator)
+    inputs_BT, targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    _, mean_loss = build_peer(name, ours, attention)
+    expected = float(ours.eval()(inputs_BT, targets_BT)) / targets_BT.numel()
+    found = float(mean_loss(inputs_BT, targets_BT))
+    if not abs(found - expected) <= PROOF_TOLERANCE * expected:
+        raise RuntimeError(f"{name} does not compute what ours does: its loss is {found:.6f}, ours {expected:.6f}")
 
 
 def hf_gpt2(ours: GPT, attention: str) -> Any:

@@ -102,10 +102,12 @@ def bare_step(contender: Contender, process: ProcessInfo, device: torch.device) 
 
 def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
     """Somebody else's model, as its own training script takes a step: autocast, mean losses, clipping, AdamW."""
-    from gptscale.bench.peers import build_peer
+    from gptscale.bench.peers import build_peer, prove_equal
 
     settings = contender.settings
-    name, attention = contender.name.removesuffix("-eager"), "eager" if contender.name.endswith("-eager") else "sdpa"
+    name = contender.name.removesuffix("-eager").removesuffix("-fused")
+    attention = "eager" if contender.name.endswith("-eager") else "sdpa"
+    prove_equal(name, settings.model, settings.tokenizer.vocab_size, attention)
     model, mean_loss = build_peer(name, build_model(settings, settings.tokenizer.vocab_size), attention)
     model.to(device).train()
     config = settings.optimizer
@@ -115,7 +117,7 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=True if name != "nanogpt" or device.type == "cuda" else None,
+        fused=True if contender.name != "nanogpt" or device.type == "cuda" else None,
     )
     parameters = list(model.parameters())
     clip_norm = config.clip_norm or float("inf")

@@ -44,7 +44,7 @@ def test_every_contender_is_measured_and_computes_the_same(tmp_path: Path) -> No
         command.wait_until_gone(5)
     assert code == 0, progress
     engines = ["bare", "plain", "zero0", "zero1", "zero2", "zero3"]
-    names = [*engines, "nanogpt", "hf-gpt2", "hf-gpt2-eager"]
+    names = [*engines, "nanogpt", "nanogpt-fused", "hf-gpt2", "hf-gpt2-eager"]
     assert [line.split()[0] for line in table.splitlines() if "MiB" in line] == names
     for expected in ("command  gptscale bench step model.layers=1", "vocabulary 256", "÷bare", "torch 2", "load "):
         assert expected in table
@@ -55,6 +55,7 @@ def test_every_contender_is_measured_and_computes_the_same(tmp_path: Path) -> No
         "plain": "PlainEngine",
         **{f"zero{stage}": f"ZeroEngine, stage {stage}" for stage in range(4)},
         "nanogpt": "NanoGPT, AdamW",
+        "nanogpt-fused": "NanoGPT, fused AdamW",
         "hf-gpt2": "GPT2LMHeadModel, sdpa, fused AdamW",
         "hf-gpt2-eager": "GPT2LMHeadModel, eager, fused AdamW",
     }

@@ -21,9 +21,9 @@ def settings(*overrides: str, **bench: Any) -> BenchRoot:
 def test_one_rank_has_a_bare_loop_for_reference_every_engine_and_peers() -> None:
     contenders = build_contenders(settings())
     engine_names = ["plain", "zero0", "zero1", "zero2", "zero3"]
-    peers = ["nanogpt", "hf-gpt2", "hf-gpt2-eager"]
+    peers = ["nanogpt", "nanogpt-fused", "hf-gpt2", "hf-gpt2-eager"]
     assert [c.name for c in contenders] == ["bare", *engine_names, *peers, "matmul"]
-    assert [c.kind for c in contenders] == ["bare", *["engine"] * 5, *["peer"] * 3, "matmul"]
+    assert [c.kind for c in contenders] == ["bare", *["engine"] * 5, *["peer"] * 4, "matmul"]
     engines = {c.name: (c.settings.parallel.engine, c.settings.parallel.zero_stage) for c in contenders[1:6]}
     assert engines["plain"][0] == "plain"
     assert {name: engine for name, engine in engines.items() if name != "plain"} == {
@@ -50,9 +50,9 @@ LLAMA = [
 def test_a_peer_takes_part_where_it_can_compute_the_same() -> None:
     llama = settings(*LLAMA)
     assert [c.name for c in build_contenders(llama) if c.kind == "peer"] == ["hf-llama", "hf-llama-eager"]
-    assert set(left_out(llama)) == {"nanogpt", "hf-gpt2", "hf-gpt2-eager"}
+    assert set(left_out(llama)) == {"nanogpt", "nanogpt-fused", "hf-gpt2", "hf-gpt2-eager"}
     for changed in ("model.qk_norm=true", "model.logit_softcap=30", "model.dropout=0.1"):
-        assert len(left_out(settings(*LLAMA, changed))) == 5, changed
+        assert len(left_out(settings(*LLAMA, changed))) == 6, changed
     assert left_out(settings(contenders=("plain",))) == {}
     with pytest.raises(UserError, match="hf-llama cannot take part: it has no model"):
         build_contenders(settings(contenders=("hf-llama",)))

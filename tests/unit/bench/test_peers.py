@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from gptscale.bench.peers import build_peer
+from gptscale.bench import peers
+from gptscale.bench.peers import build_peer, prove_equal
 from gptscale.config.schema import ModelConfig
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
@@ -52,13 +56,16 @@ def test_a_peer_computes_what_we_do(name: str, config: ModelConfig) -> None:
         assert float(torch.nn.utils.get_total_norm(theirs)) == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_a_wrong_map_shows_in_the_loss() -> None:
-    model = ours(GPT2)
-    rows = torch.randint(0, 300, (3, 33), generator=torch.Generator().manual_seed(0))
-    inputs_BT, targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    expected = float(model(inputs_BT, targets_BT).detach()) / targets_BT.numel()
-    peer, loss = build_peer("hf-gpt2", model, "sdpa")
-    weight = dict(peer.named_parameters())["transformer.h.1.attn.c_attn.weight"]
-    with torch.no_grad():
+def test_a_wrong_map_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, config in PEERS:
+        prove_equal(name, config, 300, "sdpa")
+    right = peers.fill
+
+    def swapped(model: nn.Module, mapped: dict[str, Tensor]) -> None:
+        weight = mapped["transformer.h.1.attn.c_attn.weight"].detach().clone()
         weight[:, :64], weight[:, 64:128] = weight[:, 64:128].clone(), weight[:, :64].clone()
-    assert abs(float(loss(inputs_BT, targets_BT).detach()) - expected) > 1e-3
+        right(model, {**mapped, "transformer.h.1.attn.c_attn.weight": weight})
+
+    monkeypatch.setattr(peers, "fill", swapped)
+    with pytest.raises(RuntimeError, match="hf-gpt2 does not compute what ours does"):
+        prove_equal("hf-gpt2", replace(GPT2, init_std=0.02), 300, "sdpa")
