@@ -96,7 +96,7 @@ def test_text_becomes_shards_a_model_and_text(outcomes: dict[str, Outcome]) -> N
     generated = outcome(outcomes, "gptscale", "generate")
     assert generated.stdout.strip("\n"), "no completion on stdout"
     run_files = [line.split()[0] for line in tree("runs/tiny/")]
-    assert len(run_files) == 6
+    assert len(run_files) == 7
     for name in run_files:
         assert (prepared.folder / name).exists(), f"{name} is not what `train` leaves"
 

@@ -80,6 +80,8 @@ EXACT = (
     "eval/bits_per_byte",
 )
 """What must be equal bit for bit between two runs that should be the same; the rest is time and memory."""
+SOME_RUNS_ONLY = {"train/loss_scale", "train/noise_scale_tokens", "noise/signal", "noise/trace"}
+"""Of these, what is in a line only where a run asks for it."""
 
 
 def exact_part(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 import gptscale.checkpoint.write
 from gptscale.runtime.files import write_bytes_atomically
 from tests.helpers import ranks
-from tests.helpers.training import EXACT, exact_part, read_metrics, run_training, small_run, train
+from tests.helpers.training import EXACT, SOME_RUNS_ONLY, exact_part, read_metrics, run_training, small_run, train
 
 LAYOUTS = [("plain", 0, 1), *(("deepspeed", stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2))]
 
@@ -86,7 +86,7 @@ def test_dropout_and_evaluation_are_really_on(corpus: Path, tmp_path: Path) -> N
     assert [line.get("train/loss") for line in first] != [line.get("train/loss") for line in dry]
     assert [line.get("data/sample_hash") for line in first] == [line.get("data/sample_hash") for line in dry]
     assert first[0]["data/sample_hash"] != other[0]["data/sample_hash"]
-    assert set(EXACT) <= {key for line in first for key in line}
+    assert set(EXACT) - SOME_RUNS_ONLY <= {key for line in first for key in line}
 
 
 def test_any_layout_goes_on_from_any_other(corpus: Path, tmp_path: Path) -> None:
