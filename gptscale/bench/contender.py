@@ -21,8 +21,10 @@ MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 EQUAL_LOSS = {"fp32": 1e-4, "bf16": 1e-2}
 """How far losses may lie apart. fp32: the promise for another layout. bf16 rounds activations, and so differs more."""
-COMPARED_STEPS = 20
-"""Steps over which they may not. Rounding grows from step to step, so a long measurement would part in the end."""
+COMPARED_STEPS, COMPARED_STEPS_OF_PEERS = 20, 8
+"""Steps over which they may not. Rounding grows from step to step, so a long measurement would part in the end; sooner
+where other kernels round in another order (2e-6 after seven steps): peers prove in another way that they do the same.
+"""
 
 _ALONE = {
     "bare": "a PyTorch loop, no engine",
@@ -65,8 +67,15 @@ class Contender:
 
     @property
     def same_work(self) -> bool:
-        """Whether its losses must be the reference's. Another optimizer takes other steps, from the second on."""
+        """Whether it takes the reference's steps. Another optimizer takes others, from the second on."""
         return not self.name.startswith("optimizer-")
+
+    @property
+    def compared_steps(self) -> int:
+        """Steps over which its losses must be the reference's."""
+        if not self.same_work:
+            return 1
+        return COMPARED_STEPS_OF_PEERS if self.kind == "peer" else COMPARED_STEPS
 
 
 def build_contenders(settings: BenchRoot) -> list[Contender]:

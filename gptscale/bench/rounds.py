@@ -24,7 +24,9 @@ class Samples:
     losses: list[float] = field(default_factory=list)
     """Of all steps, the warm-up's too."""
     same_work: bool = True
-    """Whether its losses must be the reference's at every step, and not at the first alone."""
+    """Whether it takes the reference's steps."""
+    compared_steps: int = COMPARED_STEPS
+    """Steps over which its losses must be the reference's."""
 
     @property
     def peak_bytes(self) -> int:
@@ -47,7 +49,14 @@ def measure(
         for contender in contenders:
             groups[contender.name] = Group(contender, port(), logs, context)
             stack.callback(groups[contender.name].close)
-        measured = {name: Samples(group.ready(), same_work=group.contender.same_work) for name, group in groups.items()}
+        measured = {
+            contender.name: Samples(
+                groups[contender.name].ready(),
+                same_work=contender.same_work,
+                compared_steps=contender.compared_steps,
+            )
+            for contender in contenders
+        }
         tolerance = EQUAL_LOSS[contenders[0].settings.precision.compute]
         for name in groups:
             say(f"warming up {name}")
@@ -80,8 +89,7 @@ def check_equal_losses(measured: Mapping[str, Samples], tolerance: float) -> flo
     for name in others:
         pairs = zip(measured[reference].losses, measured[name].losses, strict=True)
         for step, (expected, loss) in enumerate(pairs, start=1):
-            compared = step <= (COMPARED_STEPS if measured[name].same_work else 1)
-            apart = abs(loss - expected) if compared else 0.0
+            apart = abs(loss - expected) if step <= measured[name].compared_steps else 0.0
             if not (math.isfinite(loss) and math.isfinite(expected)) or apart > tolerance:
                 raise BenchError(
                     f"{name} does not compute what {reference} does: after {step} steps its loss is {loss:.6f}, not "
