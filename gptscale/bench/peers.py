@@ -169,6 +169,11 @@ def fill(model: nn.Module, mapped: dict[str, Tensor]) -> None:
         parameter.copy_(mapped[name])
 
 
+def canonical(name: str) -> str:
+    """A peer's parameter under a name by which our optimizers know what it is: a table of positions does not decay."""
+    return "embedding.positions" if name in ("transformer.wpe.weight", "positions.weight") else name
+
+
 class NanoGPT(nn.Module):
     """A GPT as one would write it in two hundred lines of plain PyTorch, in nanoGPT's style.
 

@@ -102,7 +102,7 @@ def bare_step(contender: Contender, process: ProcessInfo, device: torch.device) 
 
 def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
     """Somebody else's model, as its own training script takes a step: autocast, mean losses, clipping, AdamW."""
-    from gptscale.bench.peers import build_peer, prove_equal
+    from gptscale.bench.peers import build_peer, canonical, prove_equal
 
     settings = contender.settings
     name = contender.name.removesuffix("-eager").removesuffix("-fused")
@@ -113,7 +113,7 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
     config = settings.optimizer
     # Hugging Face's Trainer takes the fused kernel (`adamw_torch_fused`); nanoGPT does on CUDA only.
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), config.weight_decay),
+        parameter_groups(((canonical(name), p) for name, p in model.named_parameters()), config.weight_decay),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from gptscale.config.schema import CorpusConfig
 from gptscale.data.corpus import read_manifest
-from gptscale.report.facts import DataCard, Part
+from gptscale.report.facts import DataCard
 
 MOST_PARTS = 200
 """More are counted, not listed: a corpus may have a part for every file."""
@@ -35,6 +34,6 @@ def data_card(folder: Path, share: float) -> DataCard:
         vocab_size=training.vocab_size,
         heldout_tokens=heldout.tokens,
         heldout_documents=heldout.documents,
-        parts=tuple(Part(**asdict(part)) for part in largest[:MOST_PARTS]),
+        parts=tuple(largest[:MOST_PARTS]),
         parts_left_out=max(0, len(largest) - MOST_PARTS),
     )

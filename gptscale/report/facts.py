@@ -8,23 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gptscale.data.shards import PartRecord
 from gptscale.runtime.files import write_bytes_atomically
 
 FACTS = "facts.json"
 FORMAT_VERSION = 1
 MOST_SESSIONS = 50
 """More are counted, not listed: a preempted run may have a session an hour."""
-
-
-@dataclass(frozen=True)
-class Part:
-    name: str
-    source: str
-    licence: str
-    version: str
-    documents: int
-    tokens: int
-    text_bytes: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class DataCard:
     vocab_size: int
     heldout_tokens: int
     heldout_documents: int
-    parts: tuple[Part, ...]
+    parts: tuple[PartRecord, ...]
     """Of the training split, the largest first."""
     parts_left_out: int = 0
 
@@ -104,7 +94,8 @@ def read_facts(folder: Path) -> Facts | None:
         if values["format_version"] != FORMAT_VERSION:
             return None
         values["data"] = tuple(
-            DataCard(**{**card, "parts": tuple(Part(**part) for part in card["parts"])}) for card in values["data"]
+            DataCard(**{**card, "parts": tuple(PartRecord(**part) for part in card["parts"])})
+            for card in values["data"]
         )
         values["sessions"] = tuple(SessionFacts(**session) for session in values["sessions"])
         return Facts(**values)

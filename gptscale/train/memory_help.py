@@ -173,8 +173,9 @@ def find_holders(pieces: list[Piece], device: torch.device) -> Holders:
         total = 0
         for name, tensor in named:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in claimed and storage.nbytes():
-                claimed.add(storage.data_ptr())
+            address = address_of(storage)
+            if address is not None and address not in claimed and storage.nbytes():
+                claimed.add(address)
                 total += storage.nbytes()
                 rows.append(Holder(kind, name, storage.nbytes()))
         return total
@@ -191,6 +192,16 @@ def find_holders(pieces: list[Piece], device: torch.device) -> Holders:
     rows.sort(key=lambda row: -row.held_bytes)
     largest = [row for kind in kinds for row in [row for row in rows if row.kind == kind][:ROWS]]
     return Holders(kinds, tuple(largest), total, limits, unused)
+
+
+def address_of(storage: torch.UntypedStorage) -> int | None:
+    """None: of a tensor that a compiler traced with, which has a shape and no memory, or says that it has none."""
+    if storage.device.type == "meta":
+        return None
+    try:
+        return storage.data_ptr()
+    except RuntimeError:
+        return None
 
 
 def plain_on(tensor: Tensor, device: torch.device) -> bool:

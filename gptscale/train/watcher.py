@@ -169,10 +169,8 @@ class Watcher:
         baseline = None
         if self._settings.evaluation.bigram and self._evaluation is not None:
             baseline = self._bigram()
-            # In a mixture, of its first corpus, as the bigram model is.
-            heldout = next(iter(self._evaluation.by_name.values()), self._evaluation.overall)
-            if len(self._corpora.folders) == 1:
-                heldout = self._evaluation.overall
+            first = self._corpora.heldout[0].name  # in a mixture, the corpus that the bigram model is fitted to
+            heldout = self._evaluation.overall if first is None else self._evaluation.by_name[first]
             verdict = "below" if heldout.loss < baseline else "NOT below"
             LOG.info(
                 f"held-out loss {heldout.loss:.4f} is {verdict} the {baseline:.4f} of an interpolated bigram "

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gptscale.report.facts import DataCard, Facts, Part, SessionFacts
+from gptscale.data.shards import PartRecord
+from gptscale.report.facts import DataCard, Facts, SessionFacts
 
 BATCH_TOKENS = 524_288
 
@@ -138,12 +139,14 @@ def some_facts(name: str, total: int, resumed: int, peak: float | None) -> Facts
     )
     later = replace(session, started_utc="2026-03-01T19:40:55+00:00", resumed_step=resumed)
     web = (
-        Part(
+        PartRecord(
             "web-00", "https://example.org/a/rather/long/address/of/a/dump.parquet", "ODC-By", "2024-10", 9, 800, 3600
         ),
-        Part("web-01", "https://example.org/another.parquet", "ODC-By", "2024-10", 4, 300, 1300),
+        PartRecord("web-01", "https://example.org/another.parquet", "ODC-By", "2024-10", 4, 300, 1300),
     )
-    code = (Part("stdlib: abc.py … zipfile.py", "stdlib", "PSF-2.0", "Python 3.12.4", 700, 3_100_000, 12_000_000),)
+    code = (
+        PartRecord("stdlib: abc.py … zipfile.py", "stdlib", "PSF-2.0", "Python 3.12.4", 700, 3_100_000, 12_000_000),
+    )
     return Facts(
         name=name,
         parameters=355_922_944,
