@@ -47,6 +47,7 @@ _OPTIONS = {
     "full-loss": "the bare loop with all logits at once",
     "attention-blocked": "the bare loop with train.attention_kernel=blocked",
     "attention-sdpa": "the bare loop with train.attention_kernel=sdpa",
+    "compile": "the bare loop with train.compile=block",
 }
 """Ours with something changed. Beside them there is `optimizer-NAME` for every optimizer."""
 _TOGETHER = {
@@ -176,6 +177,8 @@ def _contender(name: str, settings: BenchRoot) -> Contender:
         one_step = replace(one_step, attention_kernel="blocked")
     elif name == "attention-sdpa":
         one_step = replace(one_step, attention_kernel="sdpa")
+    elif name == "compile":
+        one_step = replace(one_step, compile="block")
     launch = replace(settings.launch, kind="local", nodes=1, ranks=settings.bench.ranks)
     made = replace(settings, model=model, optimizer=optimizer, parallel=parallel, train=one_step, launch=launch)
     split = check(made, settings.bench.ranks)

@@ -230,6 +230,9 @@ class TrainConfig:
     attention_kernel: Literal["auto", "fastest", "blocked", "sdpa", "flex", "flash", "varlen"] = "auto"
     """`fastest`: timed when the run starts, and kept from then on. `auto`: the same, but by a fixed rule with
     `run.deterministic`. Or one by name, for every layer. Changes speed, not the result beyond float order."""
+    compile: Literal["none", "block"] = "none"
+    """`block`: torch.compile every block's training, all but the attention in it. Changes speed and memory, not the
+    result beyond float order. Needs a compiler: a C++ one for a CPU, triton for a GPU."""
 
 
 @dataclass(frozen=True)

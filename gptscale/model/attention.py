@@ -15,7 +15,7 @@ from gptscale.model.documents import Documents
 from gptscale.model.kernels import KERNELS, Case, KernelName, rule, torch_attention
 from gptscale.model.linear import Linear
 from gptscale.model.norm import RMSNorm
-from gptscale.model.positions import RotaryTable
+from gptscale.model.positions import RotaryTable, Turns, rotate
 from gptscale.model.shape import head_width, kv_heads, qkv_bias, window_of_layer
 
 AttentionKernel = KernelName | Literal["auto"]
@@ -61,24 +61,47 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_width, config.norm_epsilon) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
+        q_BTHW, k_BTKW, v_BTKW = self.project(x_BTD, self.turns(x_BTD, cache))
+        return self.output(self.attend(q_BTHW, k_BTKW, v_BTKW, cache, documents))
+
+    def turns(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Turns | None:
+        """By how much queries and keys turn; None without rotary positions."""
+        if self.rotary is None:
+            return None
+        return self.rotary.turns(x_BTD.shape[1], x_BTD.device, None if cache is None else cache.positions_BT)
+
+    def project(self, x_BTD: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, W], keys and values [B, T, K, W] of the new tokens."""
         batch, tokens, _ = x_BTD.shape
         q_BTHW = self.q(x_BTD).view(batch, tokens, -1, self.head_width)
         k_BTKW = self.k(x_BTD).view(batch, tokens, -1, self.head_width)
         v_BTKW = self.v(x_BTD).view(batch, tokens, -1, self.head_width)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHW, k_BTKW = self.q_norm(q_BTHW), self.k_norm(k_BTKW)
-        if self.rotary is not None:
-            positions_BT = None if cache is None else cache.positions_BT
-            q_BTHW = self.rotary.rotate(q_BTHW, positions_BT)
-            k_BTKW = self.rotary.rotate(k_BTKW, positions_BT)
+        if turns is not None:
+            q_BTHW, k_BTKW = rotate(q_BTHW, turns), rotate(k_BTKW, turns)
+        return q_BTHW, k_BTKW, v_BTKW
+
+    def attend(
+        self,
+        q_BTHW: Tensor,
+        k_BTKW: Tensor,
+        v_BTKW: Tensor,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """What each new token makes of all that it sees: [B, T, H, W]."""
         visible_BTS = None
         if cache is not None:
             k_BTKW, v_BTKW = cache.extend(k_BTKW, v_BTKW)
             visible_BTS = self._within_window(cache)
         dropout = self.dropout if self.training else 0.0
         kernel: AttentionKernel = self.kernel if dropout == self.dropout else "auto"
-        y_BTHW = attend(q_BTHW, k_BTKW, v_BTKW, dropout, kernel, self.window, visible_BTS, documents)
-        y_BTD: Tensor = self.o(y_BTHW.reshape(batch, tokens, -1))
+        return attend(q_BTHW, k_BTKW, v_BTKW, dropout, kernel, self.window, visible_BTS, documents)
+
+    def output(self, y_BTHW: Tensor) -> Tensor:
+        """[B, T, D]"""
+        y_BTD: Tensor = self.o(y_BTHW.flatten(2))
         return y_BTD
 
     def _within_window(self, cache: LayerCache) -> Tensor | None:

@@ -23,7 +23,7 @@ from gptscale.model.kernels import KERNELS
 from gptscale.model.linear import linear
 from gptscale.model.loss import chunked_cross_entropy, soft_cap
 from gptscale.model.norm import build_norm
-from gptscale.model.positions import RotaryTable
+from gptscale.model.positions import RotaryTable, Turns
 from gptscale.model.shape import padded_vocab
 from gptscale.runtime.registry import Registry
 
@@ -77,8 +77,20 @@ class Block(nn.Module):
         self.feedforward_norm = build_norm(config)
         self.feedforward = FeedForward(config)
 
+    compiled_parts = "before", "after"
+    """What `train.compile` compiles: all but the attention between them, whose kernels are as fast as they get."""
+
     def forward(self, x_BTD: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        x_BTD = x_BTD + self._dropped(self.attention(self.attention_norm(x_BTD), cache, documents=documents))
+        q_BTHW, k_BTKW, v_BTKW = self.before(x_BTD, self.attention.turns(x_BTD, cache))
+        return self.after(x_BTD, self.attention.attend(q_BTHW, k_BTKW, v_BTKW, cache, documents))
+
+    def before(self, x_BTD: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        return self.attention.project(self.attention_norm(x_BTD), turns)
+
+    def after(self, x_BTD: Tensor, y_BTHW: Tensor) -> Tensor:
+        """What comes of the residual stream and of attention's findings."""
+        x_BTD = x_BTD + self._dropped(self.attention.output(y_BTHW))
         return x_BTD + self._dropped(self.feedforward(self.feedforward_norm(x_BTD)))
 
     def _dropped(self, x_BTD: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ YARN_SLOW_TURNS, YARN_FAST_TURNS = 1.0, 32.0
 """The same of YaRN (section 3.2: α and β)."""
 
 
+Turns = tuple[Tensor, Tensor]
+"""Cosine and sine of each position × pair, with one dim for all heads: [T, 1, E], or [B, T, 1, E]."""
+
+
 class RotaryTable:
     """Cosines and sines of every position × pair, made once a device and shared by all blocks. Holds no parameter."""
 
@@ -31,18 +35,14 @@ class RotaryTable:
         self.positions = positions
         self._by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def rotate(self, x_BTHD: Tensor, positions_BT: Tensor | None = None) -> Tensor:
-        """Turns pair e of position p by p · frequency e; positions are 0…T−1 where none are given."""
-        if x_BTHD.shape[1] > self.positions:
-            raise ValueError(f"{x_BTHD.shape[1]} tokens, but rotary positions reach {self.positions}: reserve more")
-        cos_PE, sin_PE = self._tables(x_BTHD.device)
+    def turns(self, tokens: int, device: torch.device, positions_BT: Tensor | None = None) -> Turns:
+        """Of `tokens` positions, which are 0…T−1 where none are given. Raises ValueError past the table's end."""
+        if tokens > self.positions:
+            raise ValueError(f"{tokens} tokens, but rotary positions reach {self.positions}: reserve more")
+        cos_PE, sin_PE = self._tables(device)
         if positions_BT is None:
-            tokens = x_BTHD.shape[1]
-            cos, sin = cos_PE[:tokens].unsqueeze(1), sin_PE[:tokens].unsqueeze(1)
-        else:
-            cos, sin = cos_PE[positions_BT].unsqueeze(2), sin_PE[positions_BT].unsqueeze(2)
-        y: Tensor = _Rotate.apply(x_BTHD, cos, sin)  # type: ignore[no-untyped-call]
-        return y
+            return cos_PE[:tokens].unsqueeze(1), sin_PE[:tokens].unsqueeze(1)
+        return cos_PE[positions_BT].unsqueeze(2), sin_PE[positions_BT].unsqueeze(2)
 
     def reserve(self, positions: int) -> None:
         """Makes room for at least this many positions."""
@@ -61,6 +61,12 @@ class RotaryTable:
                 tables = (cos_PE.float().to(device), sin_PE.float().to(device))
             self._by_device[device] = tables
         return self._by_device[device]
+
+
+def rotate(x_BTHD: Tensor, turns: Turns) -> Tensor:
+    """Turns pair e of position p by p · frequency e."""
+    y: Tensor = _Rotate.apply(x_BTHD, *turns)  # type: ignore[no-untyped-call]
+    return y
 
 
 def frequencies(config: ModelConfig) -> Tensor:
@@ -119,6 +125,9 @@ class _Rotate(torch.autograd.Function):
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     left, right = x.to(wide).chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # which fuses, and knows no `out=` that is a part of a tensor
+        turned = left * cos - direction * right * sin, right * cos + direction * left * sin
+        return torch.cat(turned, dim=-1).to(x.dtype)
     y = torch.empty_like(x, dtype=wide, memory_format=torch.contiguous_format)
     y_left, y_right = y.chunk(2, dim=-1)
     torch.mul(left, cos, out=y_left).addcmul_(right, sin, value=-direction)

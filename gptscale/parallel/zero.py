@@ -9,9 +9,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.utils import set_z3_leaf_module
 
 from gptscale.config.schema import MIN_LOSS_SCALE, PrecisionConfig, TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
+from gptscale.model.compiling import is_compiled
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import zero_config
 from gptscale.parallel.flat_zero import flat_optimizers
@@ -38,6 +40,9 @@ class ZeroEngine:
         self._stage = settings.parallel.zero_stage
         self._clip_norm = settings.optimizer.clip_norm
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        if self._stage == 3:  # compiled code has no hooks to gather weights, so its block gathers all of its own
+            for module in model.modules():
+                set_z3_leaf_module(module, is_compiled(module))
         with flat_optimizers():
             self._engine, *_ = deepspeed.initialize(
                 model=model,

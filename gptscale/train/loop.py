@@ -18,6 +18,7 @@ from gptscale.config.step_plan import StepPlan, run_steps, schedule_tokens, step
 from gptscale.data.stream import StepData, StepFeed
 from gptscale.evaluate.heldout import evaluate_sets
 from gptscale.evaluate.samples import greedy_samples
+from gptscale.model.compiling import check_compiler
 from gptscale.model.gpt import GPT
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.engine import Engine, build_engine
@@ -105,6 +106,8 @@ def train_in(
     corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks), "opening the data")
     model = build_model(settings, corpora.vocab_size)
     all_or_none(ranks, lambda: check_kernel(model, settings, ranks.device), "choosing attention kernels")
+    if settings.train.compile == "block":
+        all_or_none(ranks, lambda: check_compiler(ranks.device), "trying the compiler")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, build_optimizer(model, settings.optimizer), settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)

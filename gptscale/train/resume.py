@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "train.tokens",
     "train.noise_scale_every_steps",
     "train.attention_kernel",
+    "train.compile",
     "schedule.total_steps",
     "schedule.decay_tokens",
     "plugins",

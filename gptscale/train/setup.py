@@ -18,6 +18,7 @@ from gptscale.data.heldout import HeldoutBatches, heldout_batches
 from gptscale.data.prepare import corpus_folder
 from gptscale.data.stream import TrainingStream
 from gptscale.evaluate.heldout import HeldoutSet
+from gptscale.model.compiling import compile_blocks
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.ranks import Ranks
@@ -55,12 +56,14 @@ def use_precision(precision: PrecisionConfig, ranks: Ranks) -> None:
 
 
 def build_model(settings: TrainRoot, vocab_size: int) -> GPT:
-    """The model on the CPU with its initial weights, the same on every layout."""
+    """The model on the CPU with its initial weights, the same on every layout. Blocks are compiled as they train."""
     model = GPT(settings.model, vocab_size, settings.data.sequence_length, COMPUTE_TYPES[settings.precision.compute])
     model.activation_checkpointing = settings.parallel.activation_checkpointing
     initialise(model, settings.run.seed)
     if settings.data.document_mask:
         check_blocks(model, settings.model.block)
+    if settings.train.compile == "block":
+        compile_blocks(model)
     return model
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch._dynamo.utils import counters
 
 from gptscale.config.schema import (
     DataConfig,
@@ -23,6 +24,7 @@ from gptscale.config.schema import (
 )
 from gptscale.data.rows import document_starts
 from gptscale.flow import IGNORED_TARGET, Batch
+from gptscale.model.compiling import compile_blocks
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.engine import Engine, build_engine
@@ -55,6 +57,8 @@ class Cell:
     """Every other layer looks back on a few tokens only."""
     recompute: bool = False
     """Activation checkpointing of every block on the layout under test; the plain reference keeps its activations."""
+    compiled: bool = False
+    """Blocks by `torch.compile`."""
     learning_rate: float = 1e-3
     optimizer: str = "adamw"
     clip_norm: float = 1.0
@@ -123,6 +127,10 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
     model = GPT(root.model, VOCABULARY, LENGTH, compute)
     model.activation_checkpointing = "full" if cell.recompute and root.parallel.engine != "plain" else "none"
     initialise(model, cell.seed)
+    if cell.compiled:
+        torch._dynamo.reset()
+        counters.clear()
+        compile_blocks(model)
     split = split_batch(GLOBAL_BATCH, root.train.micro_batch, ranks.size)
     engine = build_engine(model, build_optimizer(model, root.optimizer), root, split, ranks)
     recorded: dict[str, npt.NDArray[Any]] = {f"initial:{name}": x for name, x in gathered(engine, "weight").items()}
@@ -153,6 +161,7 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "written": sum(piece.values.numel() for piece in pieces if piece.writes and piece.kind == "weight"),
         "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind in FIRST_MOMENTS),
+        "graphs": counters["stats"]["unique_graphs"] if cell.compiled else 0,
         "weights_held": sum(getattr(p, "ds_tensor", p.data).numel() for p in model.parameters()),
     }
     return recorded, facts

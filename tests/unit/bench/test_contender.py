@@ -59,12 +59,13 @@ def test_a_peer_takes_part_where_it_can_compute_the_same() -> None:
 
 
 def test_ours_can_be_measured_with_something_changed() -> None:
-    names = ("full-loss", "attention-blocked", "optimizer-muon")
+    names = ("full-loss", "attention-blocked", "compile", "optimizer-muon")
     contenders = {c.name: c for c in build_contenders(settings(contenders=names))}
     assert list(contenders) == ["bare", *names, "matmul"]
     assert {c.kind for name, c in contenders.items() if name in names} == {"bare"}
     assert contenders["full-loss"].settings.model.loss_chunk == 512
     assert contenders["attention-blocked"].settings.train.attention_kernel == "blocked"
+    assert contenders["compile"].settings.train.compile == "block"
     assert contenders["optimizer-muon"].settings.optimizer.name == "muon"
     assert [name for name, c in contenders.items() if not c.same_work] == ["optimizer-muon"]
 

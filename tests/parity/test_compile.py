@@ -1,0 +1,61 @@
+"""Compiled blocks compute what blocks compute, on any layout, and are compiled once for all layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ranks
+from tests.parity.cells import Cell, run_cells
+from tests.parity.test_zero import (
+    GRADIENT,
+    LOSS,
+    WEIGHT,
+    Recorded,
+    assert_layout_is_real,
+    initial_weights_are_equal,
+    record,
+    worst,
+)
+
+EAGER = (
+    Cell("gpt3", "gpt3", True, "fp32"),
+    Cell("modern", "modern", False, "fp32", documents=True, windows=True, recompute=True),
+    Cell("bf16", "modern", True, "bf16", poisoned=3),
+)
+COMPILED = tuple(replace(cell, compiled=True) for cell in EAGER)
+GRAPHS = 2
+"""Before the attention and after it: no layer, window or step is compiled anew."""
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
+    folder = tmp_path_factory.mktemp("eager")
+    ranks.run(run_cells, ["plain", 0, 2, EAGER], 1, folder)
+    return {cell.name: record(folder, cell, 1)[0] for cell in EAGER}
+
+
+@pytest.mark.parametrize(("engine", "stage", "size"), [("plain", 0, 1), ("deepspeed", 3, 2)])
+def test_a_compiled_layout_equals_the_eager_process(
+    engine: str, stage: int, size: int, eager: dict[str, Recorded], tmp_path: Path
+) -> None:
+    ranks.run(run_cells, [engine, stage, 2, COMPILED], size, tmp_path)
+    for cell in COMPILED:
+        found, facts = record(tmp_path, cell, size)
+        assert [fact["graphs"] for fact in facts] == [GRAPHS] * size
+        if engine == "deepspeed":
+            assert_layout_is_real(facts, cell, stage, size)
+        assert initial_weights_are_equal(eager[cell.name], found)
+        differences = worst(eager[cell.name], found)
+        print(cell.name, {key: f"{value:.1e}" for key, value in differences.items()})
+        if cell.compute == "fp32":
+            assert differences["loss"] <= LOSS
+            assert differences["heldout"] <= LOSS
+            assert differences["norm"] <= 1e-5
+            assert differences["gradient"] <= GRADIENT
+            assert differences["weight"] <= WEIGHT
+        else:  # as between layouts
+            assert differences["loss"] <= 1e-2
+            assert differences["gradient"] <= 1e-2
