@@ -251,7 +251,7 @@ class EvaluationConfig:
     every_steps: int = 0
     """0: at the end only."""
     sequences: int = 256
-    """Held-out sequences to use of each set, from the start of its held-out part; 0 uses all of them."""
+    """Held-out sequences to use of each set, spread evenly over its held-out part; 0 uses all of them."""
     sets: tuple[HeldoutSetConfig, ...] = ()
     """More held-out text than the training corpora's own. Each of a mixture's corpora is a set already."""
     prompts: tuple[str, ...] = ()

@@ -25,10 +25,11 @@ _ROWS_AT_ONCE = 1024
 class HeldoutBatches:
     """The evaluation batches of one data rank. Iterate over it as often as needed; it reads as it goes.
 
-    The first `limit_sequences` rows of the held-out part in order (0: all), each shard's shorter last row included with
-    the missing targets ignored. Every rank gets the same number of batches of the same shape, because under ZeRO-3
-    and in a pipeline all ranks have to run forward together: where sequences run out, rows whose every target is
-    ignored fill up. A mean loss must therefore be weighted by `Batch.loss_tokens`, over batches and over ranks.
+    `limit_sequences` rows (0: all), spread evenly over the held-out part, so that every source has its share; in order,
+    each shard's shorter last row included with the missing targets ignored. Every rank gets the same number of batches
+    of the same shape, because under ZeRO-3 and in a pipeline all ranks have to run forward together: where sequences
+    run out, rows whose every target is ignored fill up. A mean loss must therefore be weighted by `Batch.loss_tokens`,
+    over batches and over ranks.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class HeldoutBatches:
         return mean_loss * self.loss_tokens / (math.log(2) * self.text_bytes)
 
     def _batch(self, numbers: Ints) -> Batch:
-        rows_BT, targets = self._reader.read(numbers)
+        rows_BT, targets = self._reader.read(spread_out(numbers, self.sequences, self._reader))
         length = rows_BT.shape[1] - 1
         end_of_text = self._reader.corpus.manifest.end_of_text
         inputs_BT = np.full((self._micro_batch, length), end_of_text, dtype=np.int64)
@@ -89,7 +90,7 @@ class HeldoutBatches:
         loss_tokens = text_bytes = 0
         for first in range(0, self.sequences, _ROWS_AT_ONCE):
             numbers = np.arange(first, min(first + _ROWS_AT_ONCE, self.sequences), dtype=np.int64)
-            rows_NT, targets = self._reader.read(numbers)
+            rows_NT, targets = self._reader.read(spread_out(numbers, self.sequences, self._reader))
             # What fills up a short row is end_of_text, which stands for no bytes.
             text_bytes += int(byte_lengths[rows_NT[:, 1:]].sum())
             loss_tokens += int(targets.sum())
@@ -107,8 +108,13 @@ def heldout_rows(folder: Path, sequence_length: int) -> RowReader:
 
 
 def heldout_count(reader: RowReader, limit_sequences: int) -> int:
-    """How many of the rows an evaluation uses: the first `limit_sequences`, or all for 0."""
+    """How many of the rows an evaluation uses: `limit_sequences`, or all for 0."""
     return min(reader.count, limit_sequences) if limit_sequences else reader.count
+
+
+def spread_out(numbers: Ints, sequences: int, reader: RowReader) -> Ints:
+    """The rows that are sequences `numbers` of an evaluation over so many: even steps over all that is held out."""
+    return numbers * reader.count // sequences
 
 
 def heldout_batches(

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from gptscale.data.heldout import heldout_batches
+from gptscale.data.prepare import prepare
 from gptscale.data.shards import MANIFEST
 from gptscale.flow import IGNORED_TARGET
 from gptscale.runtime.errors import UserError
@@ -18,12 +22,17 @@ from tests.unit.data.test_stream import starts_by_definition
 
 
 def pairs(folder: Path, length: int, limit: int) -> list[tuple[int, int]]:
-    """(input, target) of every target, by definition: rows of each shard in order, the last one shorter."""
+    """(input, target) of every target, by definition: rows of each shard in order, the last one shorter; where there is
+    a limit every k-th, counted in fractions."""
     rows = []
     for path in sorted((folder / "heldout").glob("*.tok.npy")):
         tokens = np.load(path).tolist()
         rows += [tokens[start : start + length + 1] for start in range(0, len(tokens) - 1, length)]
-    rows = rows[:limit] if limit else rows
+    if limit and limit < len(rows):
+        rows = [
+            row for n, row in enumerate(rows) if any(n == int(k * Fraction(len(rows), limit)) for k in range(limit))
+        ]
+        assert len(rows) == limit
     return [pair for row in rows for pair in itertools.pairwise(row)]
 
 
@@ -82,3 +91,19 @@ def test_an_unfinished_heldout_part_is_refused(prepared: Path, tmp_path: Path) -
     (tmp_path / "corpus/heldout" / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"heldout/manifest\.json"):
         heldout_batches(tmp_path / "corpus", 32, 4, 0, 0, 1)
+
+
+def test_a_few_sequences_are_of_all_sources(tmp_path: Path) -> None:
+    """The first of them would be of the first source alone, whatever the order of sources is."""
+    for name in ("letters", "digits"):
+        words = "abc def ghi" if name == "letters" else "123 456 789"
+        lines = [json.dumps({"text": " ".join([words] * 40) + f" {number}"}) for number in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    sources = tuple(SourceConfig(path=str(tmp_path / f"{name}.jsonl")) for name in ("letters", "digits"))
+    data = DataConfig(sources=sources, heldout_fraction=0.3, workers=1)
+    prepare(data, TokenizerConfig(vocab_size=300), tmp_path / "corpus")
+    tokenizer = Tokenizer.load(tmp_path / "corpus/tokenizer.model")
+    (batch,) = heldout_batches(tmp_path / "corpus", 64, 8, 8, 0, 1)
+    rows = [tokenizer.decode(row) for row in batch.inputs_BT.tolist()]
+    assert {"abc" in row for row in rows} == {True, False}
+    assert 3 <= sum("abc" in row for row in rows) <= 5
