@@ -108,6 +108,7 @@ def train_in(
     all_or_none(ranks, lambda: check_kernel(model, settings, ranks.device), "choosing attention kernels")
     if settings.train.compile == "block":
         all_or_none(ranks, lambda: check_compiler(ranks.device), "trying the compiler")
+        LOG.info("blocks are compiled in the first step, which takes longer")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, build_optimizer(model, settings.optimizer), settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)

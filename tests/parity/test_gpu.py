@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,16 @@ def test_a_device_computes_what_a_cpu_does(
         print(cell.name, differences)
         assert differences["loss"] <= tolerance(cell)
         assert np.isfinite(found["loss"]).sum() >= len(found["loss"]) - (cell.poisoned is not None)
+
+
+@pytest.mark.parametrize("stage", [None, 3])
+def test_compiled_blocks(stage: int | None, plain_on_cpu: dict[str, Recorded], tmp_path: Path) -> None:
+    cells = tuple(replace(cell, compiled=True) for cell in CELLS if cell.name in ("gpt3-tied", "documents", "bf16"))
+    ranks.run(run_cells, ["plain" if stage is None else "deepspeed", stage or 0, 2, cells], 1, tmp_path)
+    for cell in cells:
+        found, facts = record(tmp_path, cell, 1)
+        assert facts[0]["graphs"] == 2
+        assert worst(plain_on_cpu[cell.name], found)["loss"] <= tolerance(cell)
 
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])

@@ -50,10 +50,11 @@ def rows(sequences: int = 2, tokens: int = 64) -> Tensor:
     return torch.randint(0, 300, (sequences, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def gradients(model: GPT, seed: int = 0) -> dict[str, Tensor]:
+def gradients(model: GPT, seed: int = 0, tokens: int = 64) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(seed)
-    model(rows(), rows().roll(-1, 1)).backward()
+    inputs_BT = rows(tokens=tokens)
+    model(inputs_BT, inputs_BT.roll(-1, 1)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -73,12 +74,11 @@ def test_dropout_draws_as_it_does_without_a_compiler(recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("config", [MODEL, MODERN], ids=["gpt3", "modern"])
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_no_more_is_kept_for_backward(config: ModelConfig, compute: torch.dtype) -> None:
+def test_no_more_is_kept_for_backward(config: ModelConfig) -> None:
     """Not the weights' cast copies either, which would stay whole under ZeRO-3."""
 
     def held(compiled: bool) -> int:
-        model, inputs_BT = build(config, compute, compiled), rows(1, 32)
+        model, inputs_BT = build(config, torch.bfloat16, compiled), rows(1, 32)
         gradients(model)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept = saved_for_backward(lambda: model(inputs_BT, inputs_BT))
@@ -99,6 +99,14 @@ def test_only_training_is_compiled_and_once_for_all_layers() -> None:
             assert torch.equal(model(rows(3, tokens)), expected(rows(3, tokens)))
     gradients(model)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_sequences_that_grow_are_compiled_for_twice() -> None:
+    """As `train.length_from` has them: for the first length, and then for any."""
+    eager, compiled = build(MODERN), build(MODERN, compiled=True)
+    for tokens in (8, 16, 32, 64):
+        assert apart(gradients(eager, tokens=tokens), gradients(compiled, tokens=tokens)) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 2 * 2
 
 
 def test_a_block_of_ones_own_is_compiled_as_far_as_it_goes() -> None:
