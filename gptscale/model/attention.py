@@ -100,7 +100,7 @@ class Attention(nn.Module):
         return attend(q_BTHW, k_BTKW, v_BTKW, dropout, kernel, self.window, visible_BTS, documents)
 
     def output(self, y_BTHW: Tensor) -> Tensor:
-        """[B, T, D]"""
+        """What goes back into the residual stream: [B, T, D]."""
         y_BTD: Tensor = self.o(y_BTHW.flatten(2))
         return y_BTD
 

@@ -44,7 +44,8 @@ def gelu(x: Tensor) -> Tensor:
     """x/2 · (1 + tanh u) with u = √(2/π) · (x + 0.044715 x³) (Hendrycks & Gimpel, arXiv 1606.08415)."""
     if torch.compiler.is_compiling():
         # The same as x · sigmoid(2u): a CPU took half as long for what a compiler made of it as for its tanh.
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # within, as torch's own kernel is
+        return (wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
     return F.gelu(x, approximate="tanh")
 
 

@@ -23,7 +23,8 @@ from tests.parity.test_zero import (
 EAGER = (
     Cell("gpt3", "gpt3", True, "fp32"),
     Cell("modern", "modern", False, "fp32", documents=True, windows=True, recompute=True),
-    Cell("bf16", "modern", True, "bf16", poisoned=3),
+    Cell("bf16", "gpt3", True, "bf16"),
+    Cell("modern-bf16", "modern", True, "bf16", poisoned=3),
 )
 COMPILED = tuple(replace(cell, compiled=True) for cell in EAGER)
 GRAPHS = 2
@@ -56,6 +57,8 @@ def test_a_compiled_layout_equals_the_eager_process(
             assert differences["norm"] <= 1e-5
             assert differences["gradient"] <= GRADIENT
             assert differences["weight"] <= WEIGHT
-        else:  # as between layouts
+        else:
+            # As between layouts; but where torch's kernel rounds LayerNorm's gradients to bf16, which is up to 4e-2
+            # away from fp32, the compiler does not (tests/unit/model/test_compiling.py looks which of them is right).
             assert differences["loss"] <= 1e-2
-            assert differences["gradient"] <= 1e-2
+            assert differences["gradient"] <= (1e-2 if cell.block == "modern" else 3e-2)
