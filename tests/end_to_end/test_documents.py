@@ -41,7 +41,9 @@ def test_masked_runs_agree(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_timed_choice_is_recorded_and_kept(corpus: Path, tmp_path: Path) -> None:
     def run(name: str, *extra: str) -> list[str]:
-        return [*small_run(corpus, tmp_path / name), "model.dropout=0", "schedule.total_steps=4", *extra]
+        # At usual initial weights attention is so even that kernels may round alike.
+        large = ("model.dropout=0", "model.init_std=0.2")
+        return [*small_run(corpus, tmp_path / name), *large, "schedule.total_steps=4", *extra]
 
     def kernel(name: str) -> tuple[str, str]:
         found = json.loads((tmp_path / name / "attention.json").read_text())["layers"]["full"]
