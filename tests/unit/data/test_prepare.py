@@ -403,13 +403,16 @@ def test_a_killed_prepare_leaves_nothing_that_counts_and_runs_again(
 
 
 def test_a_keyboard_interrupt_stops_at_once_and_cleans_up(big_text: Path, tmp_path: Path) -> None:
-    process = start(PREPARE, big_text, tmp_path / "corpora")
+    # Slowed down, or on a busy machine it may be done before the signal comes.
+    slow = PREPARE.replace("flush=True)", "flush=True) or time.sleep(0.3)").replace("import sys", "import sys, time")
+    process = start(slow, big_text, tmp_path / "corpora")
     assert process.stdout is not None
     while (line := process.stdout.readline().strip()) != "tokenise 1":
         assert line, process.communicate()[1]
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
+    assert process.returncode != 0
     assert_gone(family)
     assert all(path.name.endswith(".lock") for path in (tmp_path / "corpora").iterdir())
 
