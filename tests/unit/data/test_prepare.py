@@ -403,8 +403,9 @@ def test_a_killed_prepare_leaves_nothing_that_counts_and_runs_again(
 
 
 def test_a_keyboard_interrupt_stops_at_once_and_cleans_up(big_text: Path, tmp_path: Path) -> None:
-    # Slowed down, or on a busy machine it may be done before the signal comes.
-    slow = PREPARE.replace("flush=True)", "flush=True) or time.sleep(0.3)").replace("import sys", "import sys, time")
+    # Slowed down, or on a busy machine it may be done before the signal comes; and a shell's `&` has signals ignored.
+    listening = "import sys, time, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    slow = PREPARE.replace("flush=True)", "flush=True) or time.sleep(0.3)").replace("import sys", listening)
     process = start(slow, big_text, tmp_path / "corpora")
     assert process.stdout is not None
     while (line := process.stdout.readline().strip()) != "tokenise 1":
