@@ -96,6 +96,8 @@ class TokenizerConfig:
 class SourceConfig:
     """Text to prepare."""
 
+    name: str | None = None
+    """What the manifest calls it, and held-out loss by source. Default: from its path or format."""
     path: str = ""
     """A file, a folder, a glob, a Hugging Face dataset (`format=huggingface`), or unused (`stdlib`, `debian`)."""
     format: str = "auto"

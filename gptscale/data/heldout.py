@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from gptscale.data.corpus import open_split
+from gptscale.data.corpus import open_split, read_manifest
 from gptscale.data.order import Ints
 from gptscale.data.rows import RowReader, document_starts
 from gptscale.flow import IGNORED_TARGET, Batch
@@ -30,6 +31,9 @@ class HeldoutBatches:
     of the same shape, because under ZeRO-3 and in a pipeline all ranks have to run forward together: where sequences
     run out, rows whose every target is ignored fill up. A mean loss must therefore be weighted by `Batch.loss_tokens`,
     over batches and over ranks.
+
+    With `source`, of those rows the ones that begin in that source's text: the batches of all sources together hold
+    each of them once.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class HeldoutBatches:
         data_rank: int,
         data_ranks: int,
         document_mask: bool = False,
+        source: str | None = None,
     ) -> None:
         """`folder` is a prepared folder. Raises UserError where its held-out part is damaged or empty.
 
@@ -52,7 +57,10 @@ class HeldoutBatches:
         self._data_rank = data_rank
         self._data_ranks = data_ranks
         self._document_mask = document_mask
-        self.sequences = heldout_count(self._reader, limit_sequences)
+        self._rows = heldout_selection(self._reader, limit_sequences)
+        if source is not None:
+            self._rows = self._rows[source_of_rows(self._reader, self._rows) == source]
+        self.sequences = len(self._rows)
         """Sequences used, on all ranks together."""
         self.batches = math.ceil(self.sequences / (micro_batch * data_ranks))
         """Batches that each rank iterates over."""
@@ -65,7 +73,7 @@ class HeldoutBatches:
     def __iter__(self) -> Iterator[Batch]:
         for number in range(self.batches):
             first = (number * self._data_ranks + self._data_rank) * self._micro_batch
-            yield self._batch(np.arange(first, min(first + self._micro_batch, self.sequences), dtype=np.int64))
+            yield self._batch(self._rows[first : first + self._micro_batch])
 
     def bits_per_byte(self, mean_loss: float) -> float:
         """From the mean loss over all targets in nats per token; comparable between tokenizers. NaN for no text."""
@@ -73,8 +81,8 @@ class HeldoutBatches:
             return math.nan
         return mean_loss * self.loss_tokens / (math.log(2) * self.text_bytes)
 
-    def _batch(self, numbers: Ints) -> Batch:
-        rows_BT, targets = self._reader.read(spread_out(numbers, self.sequences, self._reader))
+    def _batch(self, rows: Ints) -> Batch:
+        rows_BT, targets = self._reader.read(rows)
         length = rows_BT.shape[1] - 1
         end_of_text = self._reader.corpus.manifest.end_of_text
         inputs_BT = np.full((self._micro_batch, length), end_of_text, dtype=np.int64)
@@ -89,8 +97,7 @@ class HeldoutBatches:
         byte_lengths = Tokenizer.load(self._reader.corpus.tokenizer_path).byte_lengths()
         loss_tokens = text_bytes = 0
         for first in range(0, self.sequences, _ROWS_AT_ONCE):
-            numbers = np.arange(first, min(first + _ROWS_AT_ONCE, self.sequences), dtype=np.int64)
-            rows_NT, targets = self._reader.read(spread_out(numbers, self.sequences, self._reader))
+            rows_NT, targets = self._reader.read(self._rows[first : first + _ROWS_AT_ONCE])
             # What fills up a short row is end_of_text, which stands for no bytes.
             text_bytes += int(byte_lengths[rows_NT[:, 1:]].sum())
             loss_tokens += int(targets.sum())
@@ -107,14 +114,26 @@ def heldout_rows(folder: Path, sequence_length: int) -> RowReader:
     return reader
 
 
-def heldout_count(reader: RowReader, limit_sequences: int) -> int:
-    """How many of the rows an evaluation uses: `limit_sequences`, or all for 0."""
-    return min(reader.count, limit_sequences) if limit_sequences else reader.count
+def heldout_selection(reader: RowReader, limit_sequences: int) -> Ints:
+    """The rows of an evaluation, in order: `limit_sequences` at even steps over all that is held out; 0 is all."""
+    sequences = min(reader.count, limit_sequences) if limit_sequences else reader.count
+    return np.arange(sequences, dtype=np.int64) * reader.count // sequences
 
 
-def spread_out(numbers: Ints, sequences: int, reader: RowReader) -> Ints:
-    """The rows that are sequences `numbers` of an evaluation over so many: even steps over all that is held out."""
-    return numbers * reader.count // sequences
+def heldout_sources(folder: Path) -> tuple[str, ...]:
+    """The names of the sources whose text is held out, in their order; () where a manifest does not tell them."""
+    parts = read_manifest(folder, "heldout").parts
+    if not all(part.source_name for part in parts):
+        return ()
+    return tuple(dict.fromkeys(part.source_name for part in parts if part.tokens))
+
+
+def source_of_rows(reader: RowReader, rows: Ints) -> npt.NDArray[np.str_]:
+    """The name of the source in whose text each row begins. A row that goes on into the next one's is not cut."""
+    parts = reader.corpus.manifest.parts
+    ends = np.cumsum([part.tokens for part in parts])
+    names = np.array([part.source_name for part in parts])
+    return names[np.searchsorted(ends, reader.places(rows), side="right")]
 
 
 def heldout_batches(
@@ -125,6 +144,9 @@ def heldout_batches(
     data_rank: int,
     data_ranks: int,
     document_mask: bool = False,
+    source: str | None = None,
 ) -> HeldoutBatches:
     """This rank's evaluation batches over a prepared folder; see `HeldoutBatches`."""
-    return HeldoutBatches(folder, sequence_length, micro_batch, limit_sequences, data_rank, data_ranks, document_mask)
+    return HeldoutBatches(
+        folder, sequence_length, micro_batch, limit_sequences, data_rank, data_ranks, document_mask, source
+    )

@@ -16,12 +16,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from gptscale.config.rules import text_names
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from gptscale.data.corpus import read_manifest
 from gptscale.data.shards import (
@@ -92,7 +93,7 @@ def corpus_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
 
 def _settings(source: SourceConfig) -> dict[str, object]:
     """What decides a source's text. A relative path means another text in another working directory."""
-    settings = {key: value for key, value in asdict(source).items() if key not in ("weight", "licence")}
+    settings = {key: value for key, value in asdict(source).items() if key not in ("name", "weight", "licence")}
     if source.path and source.format != "huggingface":
         settings["path"] = str(Path(source.path).absolute())
     return settings
@@ -208,7 +209,14 @@ def _prepare(data: DataConfig, settings: TokenizerConfig, work: Path, report: Pr
     spill.rmdir()
     for split in SPLITS:
         records = tuple(
-            PartRecord(part.name, _origin(part), part.licence, part.version, **asdict(_of(result, split)))
+            PartRecord(
+                name=part.name,
+                source=_origin(part),
+                licence=part.licence,
+                version=part.version,
+                source_name=part.source.name or "",
+                **asdict(_of(result, split)),
+            )
             for part, result in zip(parts, results, strict=True)
         )
         Manifest(
@@ -245,7 +253,9 @@ def _parts(data: DataConfig) -> list[Part]:
     if data.shard_tokens < 1 or (data.workers is not None and data.workers < 1):
         raise UserError("data.shard_tokens and data.workers must be at least 1\ncorrect them")
     parts = [
-        part for number, source in enumerate(data.sources) for part in find_parts(source, f"data.sources[{number}]")
+        part
+        for number, (source, name) in enumerate(zip(data.sources, text_names(data.sources), strict=True))
+        for part in find_parts(replace(source, name=name), f"data.sources[{number}]")
     ]
     if not parts:
         raise UserError("data.sources hold no text\nname sources that hold text")

@@ -32,6 +32,7 @@ class RowReader:
         self._shard_tokens = np.array([shard.tokens for shard in corpus.manifest.shards], dtype=np.int64)
         per_shard = (self._shard_tokens - 1 + (sequence_length - 1 if keep_tails else 0)) // sequence_length
         self._first_row = np.concatenate([[0], np.cumsum(np.maximum(per_shard, 0))])
+        self._first_token = np.concatenate([[0], np.cumsum(self._shard_tokens)])
         self.count = int(self._first_row[-1])
         """Rows there are."""
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -49,6 +50,12 @@ class RowReader:
             self._read_into(out_NT[row, :count], number, first)
             out_NT[row, count:] = self.corpus.manifest.end_of_text
         return out_NT, tokens - 1
+
+    def places(self, rows: Ints) -> Ints:
+        """Where in the split's tokens, all shards together, each row begins [N]."""
+        shard = np.searchsorted(self._first_row, rows, side="right") - 1
+        begins: Ints = self._first_token[shard] + (rows - self._first_row[shard]) * self._length
+        return begins
 
     def close(self) -> None:
         while self._files:

@@ -49,6 +49,8 @@ class PartRecord:
     documents: int
     tokens: int
     text_bytes: int
+    source_name: str = ""
+    """Of the entry of `data.sources` that it is of. Parts of one source follow each other. Empty in older manifests."""
 
 
 @dataclass(frozen=True)

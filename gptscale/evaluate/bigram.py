@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptscale.data.corpus import Corpus, open_split
-from gptscale.data.heldout import heldout_count, heldout_rows, spread_out
+from gptscale.data.heldout import heldout_rows, heldout_selection
 
 _TOKENS_AT_ONCE = 1 << 22
 _ROWS_AT_ONCE = 1024
@@ -88,10 +88,9 @@ def bigram_loss(folder: Path, sequence_length: int, limit_sequences: int) -> flo
     model = fit_bigrams(open_split(folder, "train"))
     reader = heldout_rows(folder, sequence_length)
     total, targets = 0.0, 0
-    sequences = heldout_count(reader, limit_sequences)
-    for first in range(0, sequences, _ROWS_AT_ONCE):
-        numbers = np.arange(first, min(first + _ROWS_AT_ONCE, sequences), dtype=np.int64)
-        rows_NT, lengths = reader.read(spread_out(numbers, sequences, reader))
+    rows = heldout_selection(reader, limit_sequences)
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        rows_NT, lengths = reader.read(rows[first : first + _ROWS_AT_ONCE])
         real_NT = np.arange(sequence_length) < lengths[:, None]
         rows_NT = rows_NT.astype(np.int64)
         total -= float(model.log_probability(rows_NT[:, :-1][real_NT], rows_NT[:, 1:][real_NT]).sum())

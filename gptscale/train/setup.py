@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from gptscale.checkpoint.trained import COMPUTE_TYPES
 from gptscale.config.rules import source_names
 from gptscale.config.schema import CorpusConfig, DataConfig, PrecisionConfig, TrainRoot
-from gptscale.data.heldout import HeldoutBatches, heldout_batches
+from gptscale.data.heldout import HeldoutBatches, heldout_batches, heldout_sources
 from gptscale.data.prepare import corpus_folder
 from gptscale.data.stream import TrainingStream
 from gptscale.evaluate.heldout import HeldoutSet
@@ -109,16 +109,23 @@ def open_heldout(
 ) -> Iterator[HeldoutSet]:
     """Held-out text as this rank evaluates it."""
 
-    def batches(folder: str, sequences: int | None) -> HeldoutBatches:
+    def batches(folder: str, sequences: int | None, source: str | None = None) -> HeldoutBatches:
         limit = settings.evaluation.sequences if sequences is None else sequences
         length, micro_batch = settings.data.sequence_length, settings.train.micro_batch
         documents = settings.data.document_mask
-        return heldout_batches(Path(folder), length, micro_batch, limit, ranks.rank, ranks.size, documents)
+        return heldout_batches(Path(folder), length, micro_batch, limit, ranks.rank, ranks.size, documents, source)
 
-    names = source_names(settings.data) or (None,)
-    for corpus, name, share in zip(folders, names, stream.shares, strict=True):
-        yield HeldoutSet(batches(corpus.path, None), name, share)
+    if len(folders) == 1:
+        taken = yield from by_source(folders[0].path, batches)
+    else:
+        taken = list(source_names(settings.data))
+        for corpus, name, share in zip(folders, taken, stream.shares, strict=True):
+            yield HeldoutSet(batches(corpus.path, None), name, share)
     for chosen in settings.evaluation.sets:
+        if chosen.name in taken:
+            raise UserError(
+                f"evaluation.sets: {chosen.name} is the name of one of the run's own sources\ngive the set another name"
+            )
         opened = batches(chosen.path, chosen.sequences)
         if opened.tokenizer_sha256 != stream.tokenizer_sha256:
             raise UserError(
@@ -126,6 +133,25 @@ def open_heldout(
                 f"prepare it with tokenizer.path={stream.tokenizer_path}"
             )
         yield HeldoutSet(opened, chosen.name)
+
+
+def by_source(
+    folder: str, batches: Callable[[str, int | None, str | None], HeldoutBatches]
+) -> Generator[HeldoutSet, None, list[str]]:
+    """The held-out text of one folder: a set for each source, where it has several. Together they are what one set
+    would be, and each weighs what it has of it. Returns the sources' names."""
+    sources = heldout_sources(Path(folder))
+    if len(sources) < 2:
+        yield HeldoutSet(batches(folder, None, None), None, 1.0)
+        return []
+    opened = {name: batches(folder, None, name) for name in sources}
+    loss_tokens = sum(part.loss_tokens for part in opened.values())
+    for name, part in opened.items():
+        if part.loss_tokens:
+            yield HeldoutSet(part, name, part.loss_tokens / loss_tokens)
+        else:
+            LOG.warning(f"{name} has too little held-out text to be among the evaluated: evaluation.sequences is small")
+    return list(sources)
 
 
 def corpus_configs(settings: TrainRoot) -> tuple[CorpusConfig, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from gptscale.config.compose import Composed
+from gptscale.config.rules import source_names
 from gptscale.config.schema import PrecisionConfig, TrainRoot
 from gptscale.config.step_plan import run_steps, step_plan, tokens_per_step
 from gptscale.evaluate.heldout import Evaluation, HeldoutLoss
@@ -169,8 +170,9 @@ class Watcher:
         baseline = None
         if self._settings.evaluation.bigram and self._evaluation is not None:
             baseline = self._bigram()
-            first = self._corpora.heldout[0].name  # in a mixture, the corpus that the bigram model is fitted to
-            heldout = self._evaluation.overall if first is None else self._evaluation.by_name[first]
+            names = source_names(self._settings.data)
+            # In a mixture the bigram model is fitted to the first corpus.
+            heldout = self._evaluation.by_name[names[0]] if names else self._evaluation.overall
             verdict = "below" if heldout.loss < baseline else "NOT below"
             LOG.info(
                 f"held-out loss {heldout.loss:.4f} is {verdict} the {baseline:.4f} of an interpolated bigram "

@@ -153,6 +153,39 @@ def test_sets_and_samples_are_those_of_a_run_that_was_never_stopped(corpus: Path
     assert len(samples[0].splitlines()) == 8
 
 
+def test_a_folder_of_several_sources_is_told_by_source(corpus: Path, tmp_path: Path) -> None:
+    """On two ranks, and together what the folder is as a whole: the same sequences, summed in another order (1e-6)."""
+    from gptscale.data.prepare import prepare
+
+    path = write_corpus(tmp_path, documents=60)
+    other = tmp_path / "other.jsonl"
+    other.write_text(path.read_text().replace("the", "shard shard"))
+    sources = (SourceConfig(path=str(path), name="plain"), SourceConfig(path=str(other)))
+    data = DataConfig(sources=sources, heldout_fraction=0.2, workers=1)
+    folder = prepare(data, TokenizerConfig(path=str(corpus / "tokenizer.model")), tmp_path / "both").folder
+
+    def short(run: str) -> list[str]:
+        return [*small_run(folder, tmp_path / run), "train.steps=4", "schedule.total_steps=4"]
+
+    run_training([*short("by-source"), *ZERO3], 2, tmp_path)
+    *_, told = [line for line in read_metrics(tmp_path / "by-source") if "eval/loss" in line]
+    clash = [*short("clash"), f"evaluation.sets=[{{name: plain, path: {folder}}}]", *PLAIN]
+    refused = run_training(clash, 1, tmp_path, code=2).text()
+    assert "evaluation.sets: plain is the name of one of the run's own sources" in refused
+
+    manifest = folder / "heldout/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"source_name": "other"', '"source_name": "plain"'))
+    run_training([*short("whole"), *ZERO3], 2, tmp_path)
+    *_, whole = [line for line in read_metrics(tmp_path / "whole") if "eval/loss" in line]
+
+    assert {key.split("/")[1] for key in told if key.count("/") == 2} == {"plain", "other"}
+    assert not any(key.count("/") == 2 for key in whole)
+    for key in ("eval/loss", "eval/perplexity", "eval/bits_per_byte"):
+        assert told[key] == pytest.approx(whole[key], rel=1e-6)
+    low, high = sorted(told[f"eval/{name}/loss"] for name in ("plain", "other"))
+    assert low < told["eval/loss"] < high
+
+
 def generated(run: Path) -> list[str]:
     """What `gptscale generate` makes of the run's last checkpoint."""
     import torch

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
-from gptscale.data.heldout import heldout_batches
+from gptscale.data.heldout import heldout_batches, heldout_sources
 from gptscale.data.prepare import prepare
 from gptscale.data.shards import MANIFEST
 from gptscale.flow import IGNORED_TARGET
@@ -93,17 +93,62 @@ def test_an_unfinished_heldout_part_is_refused(prepared: Path, tmp_path: Path) -
         heldout_batches(tmp_path / "corpus", 32, 4, 0, 0, 1)
 
 
-def test_a_few_sequences_are_of_all_sources(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def of_two_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Letters, and half as many documents of digits, in one folder of many shards."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, words, documents in (("letters", "abc def ghi", 200), ("digits", "123 456 789", 100)):
+        lines = [json.dumps({"text": " ".join([words] * 40) + f" {number}"}) for number in range(documents)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    sources = (
+        SourceConfig(path=str(folder / "letters.jsonl")),
+        SourceConfig(path=str(folder / "digits.jsonl"), name="my numbers"),
+    )
+    data = DataConfig(sources=sources, heldout_fraction=0.3, workers=1, shard_tokens=2000)
+    prepare(data, TokenizerConfig(vocab_size=300), folder / "corpus")
+    return folder / "corpus"
+
+
+def test_a_few_sequences_are_of_all_sources(of_two_sources: Path) -> None:
     """The first of them would be of the first source alone, whatever the order of sources is."""
-    for name in ("letters", "digits"):
-        words = "abc def ghi" if name == "letters" else "123 456 789"
-        lines = [json.dumps({"text": " ".join([words] * 40) + f" {number}"}) for number in range(200)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    sources = tuple(SourceConfig(path=str(tmp_path / f"{name}.jsonl")) for name in ("letters", "digits"))
-    data = DataConfig(sources=sources, heldout_fraction=0.3, workers=1)
-    prepare(data, TokenizerConfig(vocab_size=300), tmp_path / "corpus")
-    tokenizer = Tokenizer.load(tmp_path / "corpus/tokenizer.model")
-    (batch,) = heldout_batches(tmp_path / "corpus", 64, 8, 8, 0, 1)
+    tokenizer = Tokenizer.load(of_two_sources / "tokenizer.model")
+    (batch,) = heldout_batches(of_two_sources, 64, 8, 8, 0, 1)
     rows = [tokenizer.decode(row) for row in batch.inputs_BT.tolist()]
     assert {"abc" in row for row in rows} == {True, False}
-    assert 3 <= sum("abc" in row for row in rows) <= 5
+    assert 4 <= sum("abc" in row for row in rows) <= 7
+
+
+@pytest.mark.parametrize("limit", [0, 7])
+@pytest.mark.parametrize("length", [32, 1000])
+def test_the_batches_of_all_sources_are_those_of_the_whole(of_two_sources: Path, limit: int, length: int) -> None:
+    assert heldout_sources(of_two_sources) == ("letters", "my-numbers")
+    tokenizer = Tokenizer.load(of_two_sources / "tokenizer.model")
+    found = []
+    for source, begins in (("letters", "abc"), ("my-numbers", "123")):
+        by_rank = [heldout_batches(of_two_sources, length, 3, limit, rank, 2, source=source) for rank in range(2)]
+        assert len({len(batches) for batches in by_rank}) == 1
+        for batch in (batch for batches in by_rank for batch in batches):
+            for inputs, targets in zip(batch.inputs_BT, batch.targets_BT, strict=True):
+                real = targets != IGNORED_TARGET
+                if not real.any():
+                    continue
+                ids = [*inputs[real].tolist(), int(targets[real][-1])]
+                # A row of the first source goes on into the second; the row's own source is that of its first text.
+                other = {"abc": "123", "123": "abc"}[begins]
+                text = tokenizer.decode(ids)
+                assert begins in text or other not in text
+                assert other not in text or text.index(begins) < text.index(other)
+                found += itertools.pairwise(ids)
+        assert by_rank[0].loss_tokens > 0
+    assert sorted(found) == sorted(pairs(of_two_sources, length, limit))
+
+
+def test_a_manifest_without_names_of_sources_is_one_whole(of_two_sources: Path, tmp_path: Path) -> None:
+    shutil.copytree(of_two_sources, tmp_path / "corpus")
+    path = tmp_path / "corpus/heldout" / MANIFEST
+    manifest = json.loads(path.read_text())
+    for part in manifest["parts"]:
+        del part["source_name"]
+    path.write_text(json.dumps(manifest))
+    assert heldout_sources(tmp_path / "corpus") == ()
+    assert heldout_batches(tmp_path / "corpus", 64, 8, 0, 0, 1).loss_tokens > 0
