@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gptscale.config.rules import check
@@ -12,6 +13,9 @@ from gptscale.config.schema import BenchRoot, ModelConfig, TrainRoot
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 from gptscale.train.optimizer import OPTIMIZERS
+
+Kind = Literal["bare", "ddp", "engine", "peer", "matmul", "kernels"]
+Section = Literal["engines", "other people's models", "ours with something changed"]
 
 MATMUL = "matmul"
 """Takes turns with the others, multiplies large matrices only: the rate that no model can exceed."""
@@ -60,16 +64,26 @@ class Contender:
     """One way to take the step that `settings` describe, in `ranks` processes of `threads` threads each."""
 
     name: str
-    kind: Literal["bare", "ddp", "engine", "peer", "matmul"]
+    kind: Kind
     settings: TrainRoot
     split: BatchSplit
     ranks: int
     threads: int
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    """The attention kernel of each kind of layer, where the settings do not name one: timed as a run's start does."""
 
     @property
     def same_work(self) -> bool:
         """Whether it takes the reference's steps. Another optimizer takes others, from the second on."""
         return not self.name.startswith("optimizer-")
+
+    @property
+    def section(self) -> Section:
+        """Under which heading of the table it stands."""
+        if self.name in _PEERS:
+            return "other people's models"
+        changed = self.name in _OPTIONS or self.name.startswith("optimizer-")
+        return "ours with something changed" if changed else "engines"
 
     @property
     def compared_steps(self) -> int:
@@ -91,23 +105,37 @@ def build_contenders(settings: BenchRoot) -> list[Contender]:
                 f"did you mean {near[0]}?" if near else f"with bench.ranks={bench.ranks} there are: {', '.join(known)}"
             )
             raise UserError(f"bench.contenders: there is no '{name}'\n{fix}")
-        if name in _PEERS and (why := peer_refusal(name, settings.model)) is not None:
+        if name in _PEERS and (why := peer_refusal(name, settings)) is not None:
             raise UserError(f"bench.contenders: {name} cannot take part: {why}\nleave it out, or change the model")
     reference = next(iter(known))
     chosen = [name for name in known if name == reference or name in (bench.contenders or _default(settings))]
     return [_contender(name, settings) for name in [*chosen, MATMUL]]
 
 
+def kernel_timer(contender: Contender) -> Contender:
+    """Who takes no step, but finds the attention kernels by which all of ours will: one process, alone, beforehand."""
+    settings = replace(contender.settings, parallel=replace(contender.settings.parallel, engine="plain"))
+    return replace(contender, name="kernels", kind="kernels", settings=settings, ranks=1)
+
+
+def with_kernels(contender: Contender, kernels: Mapping[str, str]) -> Contender:
+    """Ours with these kernels, unless its own settings name one; a peer has its own."""
+    named = contender.settings.train.attention_kernel not in ("auto", "fastest")
+    ours = contender.kind in ("bare", "ddp", "engine")
+    return replace(contender, kernels=kernels) if ours and not named else contender
+
+
 def left_out(settings: BenchRoot) -> dict[str, str]:
     """Peers that take no part though nobody chose others, and why."""
     if settings.bench.contenders or settings.bench.ranks > 1:
         return {}
-    reasons = {name: peer_refusal(name, settings.model) for name in _PEERS}
+    reasons = {name: peer_refusal(name, settings) for name in _PEERS}
     return {name: why for name, why in reasons.items() if why is not None}
 
 
-def peer_refusal(name: str, model: ModelConfig) -> str | None:
+def peer_refusal(name: str, settings: TrainRoot) -> str | None:
     """Why a peer cannot compute what this model does; None where it can."""
+    model, document_mask = settings.model, settings.data.document_mask
     if name.startswith("hf-") and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed (pip install 'gptscale[hf]')"
     plain = ModelConfig()
@@ -121,6 +149,8 @@ def peer_refusal(name: str, model: ModelConfig) -> str | None:
     for key, value in theirs.items():
         if getattr(model, key) != value:
             return f"it has no model.{key}={getattr(model, key)}"
+    if document_mask:
+        return "it has no document masks"
     if "window" in model.attention_pattern:
         return "it has no window layers"
     if model.qkv_bias not in (None, model.bias):
@@ -145,7 +175,7 @@ def _known(ranks: int) -> dict[str, str]:
 def _default(settings: BenchRoot) -> list[str]:
     if settings.bench.ranks > 1:
         return list(_TOGETHER)
-    return [*_ALONE, *(name for name in _PEERS if peer_refusal(name, settings.model) is None)]
+    return [*_ALONE, *(name for name in _PEERS if peer_refusal(name, settings) is None)]
 
 
 def _check(settings: BenchRoot) -> None:
@@ -184,7 +214,7 @@ def _contender(name: str, settings: BenchRoot) -> Contender:
     return Contender(name, _kind(name), made, split, settings.bench.ranks, settings.bench.threads)
 
 
-def _kind(name: str) -> Literal["bare", "ddp", "engine", "peer", "matmul"]:
+def _kind(name: str) -> Kind:
     if name in _PEERS:
         return "peer"
     if name == "plain" or name.startswith("zero"):

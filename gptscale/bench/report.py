@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptscale.bench.contender import COMPARED_STEPS, MATMUL, Contender
+from gptscale.bench.contender import COMPARED_STEPS, MATMUL, Contender, Section
 from gptscale.bench.environment import Environment
 from gptscale.bench.rounds import Samples
 from gptscale.bench.summary import Peak, Row, Spread
@@ -27,6 +27,9 @@ class Report:
     rows: Sequence[Row]
     peak: Peak
     measured: Mapping[str, Samples]
+    sections: Mapping[str, Section]
+    attention: str
+    """The kernels by which ours attend, and how they were found."""
     worst_loss_difference: float
     left_out: Mapping[str, str]
     """Who took no part, and why."""
@@ -55,6 +58,7 @@ def to_text(report: Report) -> str:
         f"{parameter_count(model, vocabulary, length) / 1e6:.1f}M parameters, {settings.precision.compute}",
         f"{'step':<9}{tokens_per_step(settings):,} tokens: {bench.ranks} rank{'s' * (bench.ranks > 1)} × accumulation "
         f"{report.accumulation} × {settings.train.micro_batch} sequences × {length} tokens",
+        f"{'ours':<9}{report.attention}{', documents masked' * settings.data.document_mask}",
         f"{'machine':<9}{environment.cpu}, {environment.usable_cores} usable cores; "
         f"{environment.threads} thread{'s' * (environment.threads > 1)} a rank, on {environment.device}",
         f"{'software':<9}gptscale {environment.gptscale}, python {environment.python}, torch {environment.torch}, "
@@ -100,10 +104,18 @@ def _table(report: Report) -> list[str]:
         for row in report.rows
     ]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    return [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in [header, *rows])
-    ]
+
+    def aligned(cells: Sequence[str]) -> str:
+        pairs = enumerate(zip(cells, widths, strict=True))
+        return "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in pairs)
+
+    lines = [aligned(header)]
+    section = None
+    for row, cells in zip(report.rows, rows, strict=True):
+        if section != (section := report.sections[row.name]):
+            lines.append(f"· {section}")
+        lines.append(aligned(cells))
+    return lines
 
 
 def _times(seconds: Spread) -> str:
@@ -139,6 +151,9 @@ def to_json(report: Report) -> dict[str, Any]:
         "left_out": dict(report.left_out),
         "peak": dataclasses.asdict(report.peak),
         "reference": report.reference,
-        "contenders": {row.name: dataclasses.asdict(row) for row in report.rows},
+        "attention": report.attention,
+        "contenders": {
+            row.name: {"section": report.sections[row.name], **dataclasses.asdict(row)} for row in report.rows
+        },
         "samples": samples,
     }

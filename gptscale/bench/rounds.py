@@ -9,7 +9,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gptscale.bench.contender import COMPARED_STEPS, EQUAL_LOSS, MATMUL, Contender
+from gptscale.bench.contender import (
+    COMPARED_STEPS,
+    EQUAL_LOSS,
+    MATMUL,
+    Contender,
+    kernel_timer,
+    with_kernels,
+)
 from gptscale.bench.group import BenchError, Group, fork_context
 from gptscale.bench.turns import Ready, Turn
 from gptscale.config.schema import BenchConfig
@@ -34,9 +41,14 @@ class Samples:
 
 
 def measure(
-    contenders: Sequence[Contender], bench: BenchConfig, port: Callable[[], int], say: Callable[[str], None]
+    contenders: Sequence[Contender],
+    kernels: Mapping[str, str],
+    bench: BenchConfig,
+    port: Callable[[], int],
+    say: Callable[[str], None],
 ) -> dict[str, Samples]:
     """Samples by name, the first contender being the reference. `port` gives each a port where its ranks meet.
+    `kernels`: what attends in each kind of layer of ours, unless a contender's settings name one.
 
     Raises BenchError where a contender fails, or computes something else than the reference: its losses, after the
     same number of steps, must be the same.
@@ -45,6 +57,7 @@ def measure(
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gptscale-bench-")))
         groups: dict[str, Group] = {}
+        contenders = [with_kernels(contender, kernels) for contender in contenders]
         say(f"starting {', '.join(contender.name for contender in contenders)}")
         for contender in contenders:
             groups[contender.name] = Group(contender, port(), logs, context)
@@ -70,6 +83,17 @@ def measure(
                 measured[name].losses += turn.losses
         check_equal_losses(measured, tolerance)
         return measured
+
+
+def time_kernels(contender: Contender, say: Callable[[str], None]) -> Ready:
+    """The attention kernels that a run of these settings would take, found while nothing else computes."""
+    say("timing attention kernels")
+    with tempfile.TemporaryDirectory(prefix="gptscale-bench-") as logs:
+        group = Group(kernel_timer(contender), 0, Path(logs), fork_context())
+        try:
+            return group.ready()
+        finally:
+            group.close()
 
 
 def turn_order(names: Sequence[str], number: int) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from gptscale.bench.contender import EQUAL_LOSS, MATMUL, Contender, matmul_flops
 from gptscale.bench.environment import describe_environment, load_average
 from gptscale.bench.report import Report, step_flops
-from gptscale.bench.rounds import check_equal_losses, measure
+from gptscale.bench.rounds import check_equal_losses, measure, time_kernels
 from gptscale.bench.summary import matmul_peak, summarise
 from gptscale.config.schema import BenchConfig
 
@@ -27,7 +27,8 @@ def bench_step(
     """
     common = contenders[0]
     load_at_start = load_average()
-    measured = measure(contenders, bench, port, say)
+    attention = time_kernels(common, say)
+    measured = measure(contenders, attention.kernels, bench, port, say)
     ready = measured[common.name].ready
     peak = matmul_peak(measured[MATMUL], matmul_flops(ready.device.partition(":")[0]), bench.ranks)
     return Report(
@@ -40,6 +41,8 @@ def bench_step(
         rows=summarise(measured, step_flops(common), peak),
         peak=peak,
         measured=measured,
+        sections={contender.name: contender.section for contender in contenders},
+        attention=attention.built,
         left_out=left_out,
         worst_loss_difference=check_equal_losses(measured, EQUAL_LOSS[common.settings.precision.compute]),
     )

@@ -11,7 +11,8 @@ import resource
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from gptscale.bench.contender import Contender
@@ -27,6 +28,8 @@ class Ready:
     """What computes: the class of the engine or loop."""
     device: str
     keeps_freed_memory: bool
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    """What attends in each kind of layer, where this process was asked to find out."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ def _take_turns(connection: Connection, contender: Contender) -> None:
     keeps_freed_memory = keep_freed_memory()
     from gptscale.bench.workload import build_workload
 
+    if contender.kind == "kernels":
+        from gptscale.bench.kernel_choice import choose
+
+        connection.send(choose(contender, keeps_freed_memory))
+        return
     workload = build_workload(contender)
     connection.send(Ready(workload.built, str(workload.device), keeps_freed_memory))
     while steps := connection.recv():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,16 +20,24 @@ from torch.nn.parallel import DistributedDataParallel
 from gptscale.bench.contender import MATMUL_SIZE, Contender
 from gptscale.checkpoint.trained import COMPUTE_TYPES
 from gptscale.config.schema import TrainRoot
+from gptscale.data.rows import document_starts
 from gptscale.flow import Batch
+from gptscale.model.attention import LayerKind
+from gptscale.model.gpt import GPT
+from gptscale.model.kernels import KernelName
 from gptscale.parallel.engine import build_engine
+from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.process import ProcessInfo, find_process
 from gptscale.runtime.seeds import derive_seed
+from gptscale.train.kernels import named_kernel
 from gptscale.train.optimizer import build_optimizer, parameter_groups
 from gptscale.train.setup import build_model
 
 POOL = 4
 """Different global batches, which steps go round."""
+DOCUMENTS = 4
+"""In a row, on average, where there are document masks."""
 
 Step = Callable[[Sequence[Batch]], float]
 """One optimizer step over this rank's micro-batches of a global batch; returns the global batch's mean loss."""
@@ -75,12 +84,22 @@ def build_workload(contender: Contender) -> Workload:
     return Workload(built, device, step, random_batches(contender, process.rank, device), settings.run.seed)
 
 
+def build_ours(contender: Contender) -> GPT:
+    """Our model with the attention kernels that its settings name, or that were timed for all of ours."""
+    settings = contender.settings
+    model = build_model(settings, settings.tokenizer.vocab_size)
+    wanted = named_kernel(settings)
+    if wanted is not None:
+        model.use_attention(wanted)
+    for kind, kernel in contender.kernels.items():
+        model.use_attention(cast(KernelName, kernel), cast(LayerKind, kind))
+    return model
+
+
 def bare_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
     """The loop that anybody would write: what a step costs at least."""
     settings = contender.settings
-    model = build_model(settings, settings.tokenizer.vocab_size).to(device)
-    kernel = settings.train.attention_kernel
-    model.use_attention("auto" if kernel == "fastest" else kernel)
+    model = build_ours(contender).to(device)
     optimizer = build_optimizer(model, settings.optimizer)
     parameters = list(model.parameters())
     clip_norm = settings.optimizer.clip_norm or float("inf")
@@ -90,7 +109,7 @@ def bare_step(contender: Contender, process: ProcessInfo, device: torch.device) 
         tokens = sum(batch.loss_tokens for batch in microbatches)
         total = torch.zeros((), device=device)
         for batch in microbatches:
-            loss = model(batch.inputs_BT, batch.targets_BT) / tokens
+            loss = model(*on_device(batch, device)) / tokens
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
@@ -142,7 +161,7 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
 def ddp_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
     """The same over several ranks, with what torch's guide to DDP advises: no needless reduction, no copy."""
     settings = contender.settings
-    model = build_model(settings, settings.tokenizer.vocab_size).to(device)
+    model = build_ours(contender).to(device)
     optimizer = build_optimizer(model, settings.optimizer)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -156,7 +175,7 @@ def ddp_step(contender: Contender, process: ProcessInfo, device: torch.device) -
         for batch in microbatches:
             last = batch is microbatches[-1]
             with nullcontext() if last else parallel.no_sync():
-                loss = parallel(batch.inputs_BT, batch.targets_BT) / tokens
+                loss = parallel(*on_device(batch, device)) / tokens
                 (loss * process.world_size).backward()  # DDP takes the mean of the ranks' gradients
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
@@ -172,7 +191,7 @@ def engine_step(contender: Contender, process: ProcessInfo, device: torch.device
     settings = contender.settings
     ranks = Ranks(process, settings.parallel.engine == "deepspeed", settings.parallel.timeout_s)
     assert ranks.device == device
-    model = build_model(settings, settings.tokenizer.vocab_size)
+    model = build_ours(contender)
     optimizer = build_optimizer(model, settings.optimizer)
     engine = build_engine(model, optimizer, settings, contender.split, ranks)
     rate = settings.optimizer.learning_rate
@@ -199,7 +218,10 @@ def matmul_step(settings: TrainRoot, device: torch.device) -> Step:
 
 
 def random_batches(contender: Contender, rank: int, device: torch.device) -> list[list[Batch]]:
-    """`POOL` global batches of random ids, this rank's micro-batches of each, on its device."""
+    """`POOL` global batches of random ids, this rank's micro-batches of each, on its device.
+
+    With document masks a row is of some `DOCUMENTS` documents, which end at random.
+    """
     settings, split = contender.settings, contender.split
     length = settings.data.sequence_length
     pool = []
@@ -207,11 +229,15 @@ def random_batches(contender: Contender, rank: int, device: torch.device) -> lis
         generator = torch.Generator().manual_seed(derive_seed(settings.run.seed, "bench", index))
         shape = (split.global_batch, length + 1)
         rows = torch.randint(0, settings.tokenizer.vocab_size, shape, generator=generator)
-        mine = rows[list(split.rows(rank))].to(device)
-        pool.append(
-            [
-                Batch(part_BT[:, :-1].contiguous(), part_BT[:, 1:].contiguous(), split.micro_batch * length)
-                for part_BT in torch.chunk(mine, split.accumulation)
-            ]
-        )
+        starts = None
+        if settings.data.document_mask:
+            ends = torch.rand((split.global_batch, length), generator=generator) < DOCUMENTS / length
+            starts = torch.from_numpy(document_starts(ends.numpy(), end_of_text=True))
+        mine = list(split.rows(rank))
+        microbatches = []
+        for part in (mine[first : first + split.micro_batch] for first in range(0, len(mine), split.micro_batch)):
+            inputs_BT, targets_BT = rows[part, :-1].to(device), rows[part, 1:].to(device)
+            starts_BT = None if starts is None else starts[part]
+            microbatches.append(Batch(inputs_BT, targets_BT, targets_BT.numel(), starts_BT))
+        pool.append(microbatches)
     return pool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import platform
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +49,18 @@ def use_precision(precision: PrecisionConfig, ranks: Ranks) -> None:
             "precision.compute=fp16 needs a GPU: a CPU computes it slower than fp32\n"
             "use precision=bf16 or precision=fp32 on the CPU"
         )
+    if precision.compute == "bf16" and not on_gpu and emulates_bf16() and ranks.rank == 0:
+        LOG.warning("precision.compute=bf16 is emulated by this CPU, many times slower than precision=fp32")
     if precision.tf32 and not on_gpu and ranks.rank == 0:
         LOG.warning("precision.tf32 is ignored on a CPU: its fp32 products are fp32")
     if precision.tf32 and on_gpu:
         # Torch's newer switch, `backends.cuda.matmul.fp32_precision`, is not for mixing with code that reads the older.
         torch.set_float32_matmul_precision("high")
+
+
+def emulates_bf16() -> bool:
+    """Whether this CPU is an x86 one without instructions that multiply bf16."""
+    return platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
 
 
 def build_model(settings: TrainRoot, vocab_size: int) -> GPT:

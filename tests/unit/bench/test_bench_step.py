@@ -26,6 +26,11 @@ TINY = [
 COMMAND = [sys.executable, "-m", "gptscale.cli.main", "bench", "step", *TINY]
 
 
+@pytest.fixture(scope="module")
+def losses_by_mask() -> dict[str, float]:
+    return {}
+
+
 def wait_for_line(started: Tree, text: str) -> None:
     """Read the command's stderr up to a line with this text."""
     assert started.process.stderr is not None
@@ -46,7 +51,16 @@ def test_every_contender_is_measured_and_computes_the_same(tmp_path: Path) -> No
     engines = ["bare", "plain", "zero0", "zero1", "zero2", "zero3"]
     names = [*engines, "nanogpt", "nanogpt-fused", "hf-gpt2", "hf-gpt2-eager"]
     assert [line.split()[0] for line in table.splitlines() if "MiB" in line] == names
-    for expected in ("command  gptscale bench step model.layers=1", "vocabulary 256", "÷bare", "torch 2", "load "):
+    headings = [line for line in table.splitlines() if line.startswith("· ")]
+    assert headings == ["· engines", "· other people's models"]
+    for expected in (
+        "ours     full attention by sdpa (timed: sdpa ",
+        "command  gptscale bench step model.layers=1",
+        "vocabulary 256",
+        "÷bare",
+        "torch 2",
+        "load ",
+    ):
         assert expected in table
     figures = json.loads(output.read_text())
     assert list(figures["contenders"]) == names
@@ -71,6 +85,32 @@ def test_every_contender_is_measured_and_computes_the_same(tmp_path: Path) -> No
     assert len(set(figures["samples"]["bare"]["losses"])) == 5, "steps have no effect, or all batches are one"
     assert figures["tokens_per_step"] == 4 * 16
     assert figures["environment"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "other", "ours"),
+    [
+        ("true", "zero3", "full attention by blocked (the only one that can), documents masked"),
+        ("false", "attention-blocked", "full attention by sdpa (timed: sdpa "),
+    ],
+)
+def test_ours_attend_as_a_run_would_and_documents_are_masked(
+    mask: str, other: str, ours: str, tmp_path: Path, losses_by_mask: dict[str, float]
+) -> None:
+    """On a CPU one kernel can mask documents. Masked losses are others; equal ones are a condition for any figure."""
+    output = tmp_path / "step.json"
+    options = [f"bench.contenders=[{other}]", "bench.rounds=1", f"data.document_mask={mask}", "model.init_std=0.2"]
+    with tree(*COMMAND, *options, "optimizer.learning_rate=1e-5", f"bench.output={output}") as command:
+        code, table, progress = command.end(LIMIT_S)
+    assert code == 0, progress
+    assert f"\nours     {ours}" in table
+    figures = json.loads(output.read_text())
+    assert list(figures["contenders"]) == ["bare", other]
+    section = "ours with something changed" if other == "attention-blocked" else "engines"
+    assert figures["contenders"][other]["section"] == section
+    losses_by_mask[mask] = figures["samples"]["bare"]["losses"][0]
+    if len(losses_by_mask) == 2:
+        assert abs(losses_by_mask["true"] - losses_by_mask["false"]) > 1e-3
 
 
 def test_different_work_is_refused_and_two_ranks_are_not_and_a_death_ends_it(tmp_path: Path) -> None:

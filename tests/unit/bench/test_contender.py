@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gptscale.bench.contender import build_contenders, left_out
+from gptscale.bench.contender import build_contenders, kernel_timer, left_out, with_kernels
 from gptscale.config.compose import compose
 from gptscale.config.schema import BenchConfig, BenchRoot
 from gptscale.runtime.errors import UserError
@@ -53,6 +53,7 @@ def test_a_peer_takes_part_where_it_can_compute_the_same() -> None:
     assert set(left_out(llama)) == {"nanogpt", "nanogpt-fused", "hf-gpt2", "hf-gpt2-eager"}
     for changed in ("model.qk_norm=true", "model.logit_softcap=30", "model.dropout=0.1"):
         assert len(left_out(settings(*LLAMA, changed))) == 6, changed
+    assert set(left_out(settings("data.document_mask=true")).values()) >= {"it has no document masks"}
     assert left_out(settings(contenders=("plain",))) == {}
     with pytest.raises(UserError, match="hf-llama cannot take part: it has no model"):
         build_contenders(settings(contenders=("hf-llama",)))
@@ -68,6 +69,16 @@ def test_ours_can_be_measured_with_something_changed() -> None:
     assert contenders["compile"].settings.train.compile == "block"
     assert contenders["optimizer-muon"].settings.optimizer.name == "muon"
     assert [name for name, c in contenders.items() if not c.same_work] == ["optimizer-muon"]
+
+
+def test_ours_take_the_kernels_that_were_timed_unless_they_name_one() -> None:
+    names = ("plain", "nanogpt", "attention-blocked")
+    contenders = build_contenders(settings(contenders=names))
+    timer = kernel_timer(contenders[0])
+    assert (timer.kind, timer.ranks, timer.settings.parallel.engine) == ("kernels", 1, "plain")
+    found = {c.name: c.kernels for c in (with_kernels(c, {"full": "sdpa"}) for c in contenders)}
+    timed = {"full": "sdpa"}
+    assert found == {"bare": timed, "plain": timed, "nanogpt": {}, "attention-blocked": {}, "matmul": {}}
 
 
 def test_several_ranks_are_compared_with_ddp() -> None:

@@ -84,3 +84,18 @@ def test_an_overflow_is_a_divergence_once_the_scale_cannot_fall() -> None:
     bf16.watch(*arguments[0])
     with pytest.raises(DivergedError):
         bf16.watch(*arguments[1])
+
+
+def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for machine, multiplies, warned in (("x86_64", False, True), ("x86_64", True, False), ("aarch64", False, False)):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda multiplies=multiplies: multiplies)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "gptscale.train"):
+            use_precision(precision("bf16"), on("cpu"))
+            use_precision(precision("bf16"), on("cuda"))
+            use_precision(precision("fp32"), on("cpu"))
+        assert bool(caplog.messages) is warned, (machine, multiplies)
+        assert all("emulated by this CPU" in message for message in caplog.messages)
