@@ -93,10 +93,12 @@ def start(
     return started
 
 
-def run(function: Callable[..., Any], arguments: Sequence[Any], ranks: int, folder: Path) -> Started:
+def run(
+    function: Callable[..., Any], arguments: Sequence[Any], ranks: int, folder: Path, limit_s: float = LIMIT_S
+) -> Started:
     """Start, wait, and require that every rank ended well."""
     started = start(function, arguments, ranks, folder)
-    codes = started.wait()
+    codes = started.wait(limit_s)
     assert codes == [0] * ranks, f"exit codes {codes}\n{started.text()}"
     return started
 
