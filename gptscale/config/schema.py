@@ -124,6 +124,20 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
+class FilterConfig:
+    """Documents that preparing leaves out. The manifest counts them, by reason and part."""
+
+    min_characters: int = 0
+    max_characters: int | None = None
+    languages: tuple[str, ...] = ()
+    """ISO 639 codes (en, de, …) of the languages to keep. Default: all."""
+    exact_duplicates: bool = False
+    """Of documents with the same text one stays: a held-out one before all others, else the first."""
+    near_duplicates: float | None = None
+    """As `exact_duplicates`, for documents whose sets of five-word shingles have this Jaccard similarity, or more."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     path: str | tuple[CorpusConfig, ...] | None = None
@@ -136,6 +150,9 @@ class DataConfig:
     """Documents held out for evaluation, chosen by a hash of each document's identity."""
     shard_tokens: int = 134_217_728
     """Most tokens a shard holds (256 MiB of uint16)."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    shuffle_documents: bool = False
+    """Training documents in a random order instead of the sources': for inputs that are sorted."""
     workers: int | None = None
     """Processes that tokenise. Default: the number of usable cores. Never changes the result."""
     verify: bool = False
@@ -352,11 +369,24 @@ class TrainRoot:
 
 
 @dataclass(frozen=True)
+class PrepareConfig:
+    """How the work of `gptscale prepare` is shared out among jobs. None of it changes the result."""
+
+    tasks: int = 1
+    """Jobs of an array that tokenise together into one folder, on a file system that they share."""
+    task: int | None = None
+    """Which of `tasks` this job is, from 0: it tokenises its parts of the text and writes no shards."""
+    merge: bool = False
+    """Write the shards from what the tasks left, and refuse if anything of it is missing."""
+
+
+@dataclass(frozen=True)
 class PrepareRoot(TrainRoot):
     """What `gptscale prepare` reads: a training's settings, so that it prepares what that training would."""
 
     target: str | None = None
     """Folder to write. Default: where `train` looks for the same sources."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
 
 @dataclass(frozen=True)

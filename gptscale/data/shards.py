@@ -39,6 +39,15 @@ END_DTYPE = np.dtype("<u8")
 
 
 @dataclass(frozen=True)
+class Removed:
+    """Documents that a filter left out, e.g. for being `too_short` or an `exact_duplicate`."""
+
+    reason: str
+    documents: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
 class PartRecord:
     """What one part of the sources gave to a split, and where it came from."""
 
@@ -51,6 +60,7 @@ class PartRecord:
     text_bytes: int
     source_name: str = ""
     """Of the entry of `data.sources` that it is of. Parts of one source follow each other. Empty in older manifests."""
+    removed: tuple[Removed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,12 +78,14 @@ class Manifest:
     shards: tuple[Shard, ...]
     parts: tuple[PartRecord, ...]
     format_version: int = FORMAT_VERSION
+    shuffled: bool = False
+    """Documents are in random order, not one part's after the other's."""
 
     @property
     def identity(self) -> str:
-        """sha256 of the canonical JSON of all that decides the samples: everything but `parts`, which says whence
-        the text came, so that the same text prepared from another folder is the same corpus."""
-        content = {key: value for key, value in asdict(self).items() if key != "parts"}
+        """sha256 of the canonical JSON of all that decides the samples. Not of whence the text came, so that the same
+        text prepared from another folder is the same corpus."""
+        content = {key: value for key, value in asdict(self).items() if key not in ("parts", "shuffled")}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
@@ -85,7 +97,10 @@ class Manifest:
         """Raises ValueError, KeyError or TypeError where `text` is no manifest."""
         fields: dict[str, Any] = json.loads(text)
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        fields["parts"] = tuple(PartRecord(**part) for part in fields["parts"])
+        fields["parts"] = tuple(
+            PartRecord(**part | {"removed": tuple(Removed(**one) for one in part.get("removed", ()))})
+            for part in fields["parts"]
+        )
         return cls(**fields)
 
 
@@ -104,7 +119,7 @@ def end_file(shard: Shard) -> str:
 
 def file_xxh3_128(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         while block := file.read(_COPY_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What a worker process does: read one part, tokenise it, leave raw ids and document ends in a spill folder.
+"""What a worker process does: read one part, leave out what the filters say, tokenise the rest, and spill it.
 
 Imported in spawned processes: no torch here, nor in anything this imports.
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import parent_process
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
-from gptscale.data.shards import END_DTYPE, Split, token_dtype
+from gptscale.data.filters import refused
+from gptscale.data.near import band_keys, banding
+from gptscale.data.shards import END_DTYPE, Removed, Split, token_dtype
 from gptscale.data.sources import Document, Part, read_part
+from gptscale.data.spill import DOCUMENT_DTYPE, Counts, Recipe, SpilledPart, SpillWriter
 from gptscale.runtime.registry import load_plugins
 from gptscale.tokenizer import Tokenizer
 
@@ -31,25 +32,6 @@ class StopAskedError(Exception):
     """The process that started this worker is giving up."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What a part gave to a split."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """A part in the spill folder, and the range of its documents' hashes (0 and HASH_RANGE-1 turned round if none)."""
-
-    train: Counts
-    heldout: Counts
-    smallest_hash: int
-    largest_hash: int
-
-
 def identity_hash(identity: str) -> int:
     """What decides whether a document is held out: it depends on nothing but the document's identity."""
     return xxhash.xxh3_64_intdigest(identity.encode("utf-8", "surrogateescape"))
@@ -59,41 +41,27 @@ def is_heldout(digest: int, heldout_fraction: float) -> bool:
     return digest < heldout_fraction * HASH_RANGE
 
 
-def spill_paths(spill: Path, number: int, split: Split) -> tuple[Path, Path]:
-    """Raw token ids and raw document ends of part `number`."""
-    return spill / f"part-{number:06d}.{split}.tok", spill / f"part-{number:06d}.{split}.end"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What every part is tokenised with."""
-
-    tokenizer_path: Path
-    tokenizer_sha256: str
-    heldout_fraction: float
-    spill: Path
-
-
-def tokenise_part(part: Part, number: int, recipe: Recipe) -> Tokenised:
-    """Tokenise part `number` into the spill folder. Each document ends with end_of_text; empty ones are left out."""
-    spill, heldout_fraction = recipe.spill, recipe.heldout_fraction
+def tokenise_part(part: Part, key: str, recipe: Recipe) -> SpilledPart:
+    """Tokenise a part into the spill folder. Each document ends with end_of_text; empty ones are left out."""
     tokenizer = _tokenizer(recipe.tokenizer_path, recipe.tokenizer_sha256)
     smallest, largest = HASH_RANGE - 1, 0
-    with _Spill(spill, number, "train", tokenizer) as train, _Spill(spill, number, "heldout", tokenizer) as heldout:
+    with SpillWriter(recipe, key) as writer:
+        train = _SplitSpill(writer, "train", tokenizer, recipe)
+        heldout = _SplitSpill(writer, "heldout", tokenizer, recipe)
         for batch in _batches(read_part(part)):
             if _stop is not None and _stop.is_set():
                 raise StopAskedError
             hashes = [identity_hash(document.identity) for document in batch]
             smallest, largest = min(smallest, *hashes), max(largest, *hashes)
             for target, side in ((heldout, True), (train, False)):
-                target.write(
+                target.add(
                     [
                         document.text
                         for document, digest in zip(batch, hashes, strict=True)
-                        if is_heldout(digest, heldout_fraction) is side
+                        if is_heldout(digest, recipe.heldout_fraction) is side
                     ]
                 )
-    return Tokenised(train.counts, heldout.counts, smallest, largest)
+        return writer.finish({"train": train.counts, "heldout": heldout.counts}, smallest, largest)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -112,42 +80,62 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-class _Spill:
-    """The raw files of one part and split."""
+class _SplitSpill:
+    """One split of one part on its way to the disk."""
 
-    def __init__(self, spill: Path, number: int, split: Split, tokenizer: Tokenizer) -> None:
-        self.counts = Counts()
+    def __init__(self, writer: SpillWriter, split: Split, tokenizer: Tokenizer, recipe: Recipe) -> None:
+        self._writer = writer
+        self._split: Split = split
         self._tokenizer = tokenizer
+        self._filters = recipe.filters
+        self._kinds = recipe.kinds
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._paths = spill_paths(spill, number, split)
-        self._files: list[BinaryIO] = []
+        self._documents = self._tokens = self._text_bytes = 0
+        self._removed: dict[str, Removed] = {}
 
-    def __enter__(self) -> _Spill:
-        self._files = [path.open("wb") for path in self._paths]
-        return self
+    @property
+    def counts(self) -> Counts:
+        removed = tuple(self._removed[reason] for reason in sorted(self._removed))
+        return Counts(self._documents, self._tokens, self._text_bytes, removed)
 
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()
+    def add(self, texts: list[str]) -> None:
+        """Write the documents that the filters leave, and count the others."""
+        kept = []
+        for text in texts:
+            reason = refused(text, self._filters)
+            if reason is None:
+                kept.append(text)
+            else:
+                before = self._removed.get(reason, Removed(reason, 0, 0))
+                self._removed[reason] = Removed(
+                    reason, before.documents + 1, before.text_bytes + len(text.encode("utf-8"))
+                )
+        if kept:
+            self._write(kept)
 
-    def write(self, texts: list[str]) -> None:
-        if not texts:
-            return
+    def _write(self, texts: list[str]) -> None:
         encoded = self._tokenizer.encode_batch(texts)
-        ends = self.counts.tokens + np.cumsum([len(ids) + 1 for ids in encoded])
-        tokens = np.full(int(ends[-1]) - self.counts.tokens, self._tokenizer.end_of_text, dtype=self._dtype)
+        ends = self._tokens + np.cumsum([len(ids) + 1 for ids in encoded])
+        tokens = np.full(int(ends[-1]) - self._tokens, self._tokenizer.end_of_text, dtype=self._dtype)
         start = 0
         for ids in encoded:
             tokens[start : start + len(ids)] = ids
             start += len(ids) + 1
-        token_file, end_file = self._files
-        token_file.write(tokens.data)
-        end_file.write(ends.astype(END_DTYPE).data)
-        self.counts = Counts(
-            documents=self.counts.documents + len(texts),
-            tokens=int(ends[-1]),
-            text_bytes=self.counts.text_bytes + sum(len(text.encode()) for text in texts),
-        )
+        self._writer.write(self._split, "tok", tokens)
+        self._writer.write(self._split, "end", ends.astype(END_DTYPE))
+        sizes = [len(text.encode()) for text in texts]
+        if "doc" in self._kinds:
+            documents = np.empty(len(texts), dtype=DOCUMENT_DTYPE)
+            digests = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
+            documents["hash"] = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+            documents["text_bytes"] = sizes
+            self._writer.write(self._split, "doc", documents)
+        if self._filters.near_duplicates is not None:
+            keys = band_keys(texts, banding(self._filters.near_duplicates))
+            self._writer.write(self._split, "near", keys.astype("<u8"))
+        self._documents += len(texts)
+        self._tokens = int(ends[-1])
+        self._text_bytes += sum(sizes)
 
 
 @lru_cache(maxsize=1)

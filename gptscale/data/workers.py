@@ -1,49 +1,53 @@
-"""Run tokenising tasks in processes, and hand back their results in the order of the parts."""
+"""Run tokenising tasks in processes."""
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
 import types
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 
 from gptscale.data.sources import Part
-from gptscale.data.tokenise import Recipe, Tokenised, start_worker, tokenise_part
+from gptscale.data.spill import Recipe, SpilledPart
+from gptscale.data.tokenise import start_worker, tokenise_part
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.registry import loaded_plugins
 
 _INLINE_BYTES = 1 << 20
 _AHEAD = 2
-"""Parts begun or waiting for each worker: bounds the spilled files, and keeps workers busy behind one slow part."""
+"""Parts begun or waiting for each worker: one waiting, so that none pauses between two."""
 
 
-def tokenise_all(parts: Sequence[Part], recipe: Recipe, workers: int) -> Generator[tuple[int, Tokenised]]:
-    """Tokenise every part; yield (its number, result) in order. The results do not depend on `workers`.
+def tokenise_all(parts: Mapping[str, Part], recipe: Recipe, workers: int) -> Generator[tuple[str, SpilledPart]]:
+    """Tokenise parts, given by their keys, into the spill folder; yield each one's key and record as it is finished.
 
     Closing the generator stops the processes.
     """
     workers = min(workers, len(parts))
-    if workers == 1 or sum(part.input_bytes for part in parts) < _INLINE_BYTES:
-        for number, part in enumerate(parts):
-            yield number, tokenise_part(part, number, recipe)
+    if workers <= 1 or sum(part.input_bytes for part in parts.values()) < _INLINE_BYTES:
+        for key, part in parts.items():
+            yield key, tokenise_part(part, key, recipe)
         return
+    # The largest first, so that none is begun last and keeps the others waiting.
+    ordered = iter(sorted(parts.items(), key=lambda one: -one[1].input_bytes))
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(stop, loaded_plugins()))
-    waiting: deque[tuple[int, Future[Tokenised]]] = deque()
+    running: dict[Future[SpilledPart], str] = {}
     try:
-        for number, part in enumerate(parts):
-            with _no_main_module():
-                waiting.append((number, pool.submit(tokenise_part, part, number, recipe)))
-            if len(waiting) >= _AHEAD * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
+        while True:
+            for key, part in islice(ordered, _AHEAD * workers - len(running)):
+                with _no_main_module():
+                    running[pool.submit(tokenise_part, part, key, recipe)] = key
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
     except BrokenProcessPool as error:
         raise UserError(
             "data.workers: a process that tokenised text was killed, most likely for lack of memory\n"

@@ -15,7 +15,7 @@ _NO_LOCKS_HERE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class FileLock:
-    """An exclusive lock on a file (flock), which stays behind, empty, when the lock is released.
+    """A lock on a file (flock), which stays behind, empty, when the lock is released.
 
     It is never removed: removing it would let a second process lock a new file of the same name while a third still
     waits on the old one. The lock ends with its owner, however that died; started programs do not inherit it (close on
@@ -26,15 +26,18 @@ class FileLock:
         self.path = path
         self._descriptor: int | None = None
 
-    def acquire(self, blocking: bool) -> bool:
+    def acquire(self, blocking: bool, shared: bool = False) -> bool:
         """Take the lock; with `blocking` wait for it. False: somebody else has it (see `owner`).
+
+        Any number of processes may have it `shared`, and then nobody has it for himself.
 
         Raises UserError where the file system cannot lock (Lustre mounted without `flock`, for one).
         """
         assert self._descriptor is None, f"{self.path} is already locked by this object"
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | (0 if blocking else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(descriptor)
             return False

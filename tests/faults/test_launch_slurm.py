@@ -1,4 +1,4 @@
-"""srun and our job script on a real SLURM cluster, private to the test."""
+"""srun and our job scripts on a real SLURM cluster, private to the test."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from gptscale.data.prepare import prepare
 from tests.helpers.processes import REPOSITORY, wait_until
 from tests.helpers.slurm import Cluster
+from tests.helpers.text import contents, documents, write_jsonl
 
 WORKER = (sys.executable, "-m", "tests.helpers.worker")
 
@@ -137,3 +140,34 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: P
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in range(2)] == ["SIGTERM"] * 2
     wait_until(lambda: job not in cluster.run("squeue", "--noheader", "--format=%i"), "the job is gone", timeout_s=20)
     assert state(cluster, job) == "CANCELLED"
+
+
+def test_an_array_prepares_and_the_job_after_it_merges(cluster: Cluster, tmp_path: Path) -> None:
+    for number in range(4):
+        write_jsonl(tmp_path / f"text/{number}.jsonl", documents(60, words=20, seed=number))
+    settings = ["data.sources=[{path: text}]", "tokenizer.vocab_size=400", "data.heldout_fraction=0.1", "target=out"]
+    environ = {**cluster.environ, "PATH": f"{Path(sys.executable).parent}:{cluster.environ['PATH']}"}
+    environ["PYTHONPATH"] = str(REPOSITORY)
+
+    def submit(*options: str) -> str:
+        command = ["sbatch", "--parsable", "--cpus-per-task=1", f"--output={tmp_path}/%A-%a.txt", *options]
+        command += [str(REPOSITORY / "launch/prepare.slurm"), *settings]
+        return subprocess.run(
+            command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    array = submit("--array=0-2")
+    merge = submit(f"--dependency=afterok:{array}")
+
+    def ended() -> bool:
+        return state(cluster, merge) in {"COMPLETED", "FAILED", "CANCELLED"}
+
+    wait_until(ended, "the merge has ended", timeout_s=60)
+    said = {path.name: path.read_text() for path in tmp_path.glob("*.txt")}
+    assert state(cluster, merge) == "COMPLETED", said
+    assert [said[f"{array}-{task}.txt"].strip().splitlines()[-1] for task in range(3)] == [
+        f"task {task} of 3: {parts} parts are tokenised" for task, parts in enumerate((2, 1, 1))
+    ]
+    source = SourceConfig(path=str(tmp_path / "text"))
+    alone = prepare(DataConfig((source,), heldout_fraction=0.1), TokenizerConfig(400), tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(alone.folder)

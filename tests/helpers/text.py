@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gptscale.tokenizer import Tokenizer
+
 
 @lru_cache(maxsize=16)
 def _documents(count: int, words: int, seed: int) -> tuple[str, ...]:
@@ -32,3 +34,22 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"id": number, key: text}) + "\n" for number, text in enumerate(texts)))
     return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stored_documents(folder: Path, split: str) -> list[str]:
+    """Every document of a split, decoded from what numpy alone reads."""
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    found = []
+    for path in sorted((folder / split).glob("*.tok.npy")):
+        tokens, start = np.load(path), 0
+        for end in np.load(str(path).replace(".tok.", ".end.")).tolist():
+            assert tokens[end - 1] == tokenizer.end_of_text
+            found.append(tokenizer.decode(tokens[start : end - 1]))
+            start = end
+        assert start == len(tokens)
+    return found

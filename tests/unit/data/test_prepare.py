@@ -1,16 +1,11 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-from collections.abc import Iterator
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
@@ -20,28 +15,9 @@ from gptscale.data.shards import SPLITS
 from gptscale.data.tokenise import identity_hash, is_heldout
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer, train_tokenizer
-from tests.helpers.text import documents, write_jsonl
+from tests.helpers.text import contents, documents, stored_documents, write_jsonl
 
 SMALL = TokenizerConfig(vocab_size=500)
-ROOT = Path(__file__).parents[3]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def stored_documents(folder: Path, split: str) -> list[str]:
-    """Every document of a split, decoded from what numpy alone reads."""
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    found = []
-    for path in sorted((folder / split).glob("*.tok.npy")):
-        tokens, start = np.load(path), 0
-        for end in np.load(str(path).replace(".tok.", ".end.")).tolist():
-            assert tokens[end - 1] == tokenizer.end_of_text
-            found.append(tokenizer.decode(tokens[start : end - 1]))
-            start = end
-        assert start == len(tokens)
-    return found
 
 
 def refusal(data: DataConfig, tokenizer: TokenizerConfig, target: Path) -> str:
@@ -52,16 +28,6 @@ def refusal(data: DataConfig, tokenizer: TokenizerConfig, target: Path) -> str:
     assert left == {name: data for name, data in before.items() if not name.endswith(".lock")}
     assert len(str(caught.value).splitlines()) == 2
     return str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def big_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough text (1.4 MB) for processes to be started, and enough parts to stop them between two."""
-    folder = tmp_path_factory.mktemp("big")
-    texts = documents(720, words=300)
-    for number in range(8):
-        write_jsonl(folder / f"{number}.jsonl", texts[number * 90 : (number + 1) * 90])
-    return folder
 
 
 # What comes out
@@ -185,9 +151,13 @@ def test_progress_tells_stages_parts_and_tokens(big_text: Path, tmp_path: Path) 
     data = DataConfig(sources=(SourceConfig(path=str(big_text)),), workers=1)
     done = prepare(data, TokenizerConfig(vocab_size=500, training_bytes=100_000), tmp_path / "out", events.append)
     parts = events[-1].parts
-    assert [event.stage for event in events] == ["tokenizer", *["tokenise"] * parts, "done"]
-    assert [event.parts_done for event in events] == [0, *range(1, parts + 1), parts]
-    assert events[-1].tokens == done.train.tokens + done.heldout.tokens
+    expected = ["tokenizer", *["tokenise"] * (parts + 1), *["merge"] * 2 * parts, "done"]
+    assert [event.stage for event in events] == expected
+    tokenising = [event for event in events if event.stage == "tokenise"]
+    assert [event.parts_done for event in tokenising] == list(range(parts + 1))
+    assert [event.bytes_done for event in tokenising] == sorted(event.bytes_done for event in tokenising)
+    assert tokenising[-1].bytes_done == tokenising[-1].bytes == sum(path.stat().st_size for path in big_text.iterdir())
+    assert events[-1].tokens == tokenising[-1].tokens == done.train.tokens + done.heldout.tokens
 
 
 # What is refused, with nothing left behind
@@ -237,8 +207,9 @@ def test_a_bad_line_stops_everything_wherever_it_is_found(big_text: Path, tmp_pa
     with (bad / "7.jsonl").open("a") as file:
         file.write("{}\n")
     data = DataConfig(sources=(SourceConfig(path=str(bad)),), workers=workers)
-    message = refusal(data, TokenizerConfig(vocab_size=500, training_bytes=50_000), tmp_path / "out")
-    assert f"{bad / '7.jsonl'}:91: no 'text' field" in message
+    with pytest.raises(UserError, match=re.escape(f"{bad / '7.jsonl'}:91: no 'text' field")):
+        prepare(data, TokenizerConfig(vocab_size=500, training_bytes=50_000), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_target_that_is_in_use_is_refused(prepared: Path, tmp_path: Path) -> None:
@@ -267,15 +238,17 @@ def test_progress_may_stop_it(tmp_path: Path) -> None:
     class EnoughError(Exception):
         pass
 
-    def stop(event: ProgressEvent) -> None:
-        if event.stage == "tokenise":
-            raise EnoughError
-
     path = write_jsonl(tmp_path / "text/a.jsonl", documents(100))
-    with pytest.raises(EnoughError):
-        prepare(DataConfig(sources=(SourceConfig(path=str(path)),)), SMALL, tmp_path / "out", stop)
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.partial").exists()
+    for moment in ("tokenizer", "tokenise", "merge"):
+
+        def stop(event: ProgressEvent, moment: str = moment) -> None:
+            if event.stage == moment:
+                raise EnoughError
+
+        with pytest.raises(EnoughError):
+            prepare(DataConfig(sources=(SourceConfig(path=str(path)),)), SMALL, tmp_path / "out", stop)
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / ".out.partial").exists() is (moment == "merge"), "a finished part is kept, and nothing less"
 
 
 def test_file_names_that_are_not_utf8_do_no_harm(tmp_path: Path) -> None:
@@ -331,179 +304,3 @@ def test_ensure_prepared_prepares_once(tmp_path: Path, caplog: pytest.LogCapture
     path.unlink()
     assert ensure_prepared(data, SMALL) == folder
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
-
-
-# Processes, signals and disks
-
-
-def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-PREPARE = """
-    import sys
-    from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
-    from gptscale.data.prepare import ensure_prepared
-    text, corpora = sys.argv[1:]
-    data = DataConfig(sources=(SourceConfig(path=text),), corpora_dir=corpora, workers=2)
-    tokenizer = TokenizerConfig(vocab_size=600, training_bytes=300_000)
-    print(ensure_prepared(data, tokenizer, lambda event: print(event.stage, event.parts_done, flush=True)))
-    assert "torch" not in sys.modules
-"""
-
-
-def settings(text: Path, corpora: Path) -> tuple[DataConfig, TokenizerConfig]:
-    return (
-        DataConfig(sources=(SourceConfig(path=str(text)),), corpora_dir=str(corpora), workers=2),
-        TokenizerConfig(vocab_size=600, training_bytes=300_000),
-    )
-
-
-def assert_gone(family: list[psutil.Process]) -> None:
-    """All have ended within 2 s. One that nobody has reaped yet has ended, too."""
-    _, left = psutil.wait_procs(family, timeout=2)
-    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left if process.is_running()), left
-
-
-@pytest.fixture(scope="module")
-def undisturbed(big_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_prepared(*settings(big_text, tmp_path_factory.mktemp("undisturbed")))
-
-
-@pytest.mark.parametrize("moment", ["tokenizer 0", "tokenise 2"])
-def test_a_killed_prepare_leaves_nothing_that_counts_and_runs_again(
-    big_text: Path, undisturbed: Path, tmp_path: Path, moment: str
-) -> None:
-    corpora = tmp_path / "corpora"
-    process = start(PREPARE, big_text, corpora)
-    assert process.stdout is not None
-    while (line := process.stdout.readline().strip()) != moment:
-        assert line, process.communicate()[1]
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert_gone(family)
-    folder = corpus_folder(*settings(big_text, corpora))
-    assert not folder.exists()
-    with pytest.raises(UserError, match="no such folder"):
-        open_split(folder, "train")
-    assert ensure_prepared(*settings(big_text, corpora)) == folder
-    open_split(folder, "train", verify=True)
-    open_split(folder, "heldout", verify=True)
-    assert sorted(path.name for path in corpora.iterdir()) == sorted([folder.name, f".{folder.name}.lock"])
-    assert contents(folder) == contents(undisturbed)
-
-
-def test_a_keyboard_interrupt_stops_at_once_and_cleans_up(big_text: Path, tmp_path: Path) -> None:
-    # Slowed down, or on a busy machine it may be done before the signal comes; and a shell's `&` has signals ignored.
-    listening = "import sys, time, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    slow = PREPARE.replace("flush=True)", "flush=True) or time.sleep(0.3)").replace("import sys", listening)
-    process = start(slow, big_text, tmp_path / "corpora")
-    assert process.stdout is not None
-    while (line := process.stdout.readline().strip()) != "tokenise 1":
-        assert line, process.communicate()[1]
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert process.returncode != 0
-    assert_gone(family)
-    assert all(path.name.endswith(".lock") for path in (tmp_path / "corpora").iterdir())
-
-
-def test_processes_that_prepare_at_once_share_one_result(big_text: Path, tmp_path: Path) -> None:
-    processes = [start(PREPARE, big_text, tmp_path / "corpora") for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    folder = corpus_folder(*settings(big_text, tmp_path / "corpora"))
-    for stdout, _ in outputs:
-        assert stdout.splitlines()[-1] == str(folder)
-    assert sum("tokenise" in stdout for stdout, _ in outputs) == 1
-    open_split(folder, "train", verify=True)
-
-
-def test_workers_import_no_torch_even_from_a_script_that_does(big_text: Path, tmp_path: Path) -> None:
-    """A script without a guard, with torch imported: workers neither run it again nor import torch."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "print('script runs', flush=True)\nimport torch, psutil\n"
-        "from pathlib import Path\n"
-        "from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig\n"
-        "from gptscale.data.prepare import prepare\n"
-        f"text = {str(big_text)!r}\n"
-        "sources = (SourceConfig(path=text), SourceConfig(path=text, format='huggingface'))\n"
-        "data = DataConfig(sources=sources, workers=2)\n"
-        "def look(event):\n"
-        "    if event.stage == 'tokenise':\n"
-        "        for child in psutil.Process().children():\n"
-        "            maps = Path(f'/proc/{child.pid}/maps').read_text()\n"
-        "            print('worker', 'libtorch' in maps, 'sentencepiece' in maps, flush=True)\n"
-        "tokenizer = TokenizerConfig(vocab_size=500, training_bytes=50_000)\n"
-        f"prepare(data, tokenizer, Path({str(tmp_path / 'out')!r}), look)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines.count("script runs") == 1
-    assert "worker False True" in lines
-    assert (tmp_path / "out/train/manifest.json").read_text().count('"huggingface"') > 1
-    assert not any(line.startswith("worker True") for line in lines)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting is not permitted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@pytest.mark.parametrize(("small_disk", "workers"), [("600k", 1), ("600k", 2), ("100k", 1)], indirect=["small_disk"])
-def test_a_full_disk_is_the_users_to_know(big_text: Path, small_disk: Path, workers: int) -> None:
-    data, tokenizer = settings(big_text, small_disk)
-    with pytest.raises(UserError) as caught:
-        ensure_prepared(replace(data, workers=workers), tokenizer)
-    message = str(caught.value)
-    assert message.startswith(f"{small_disk}: no space left")
-    assert "data.corpora_dir" in message
-    assert all(path.name.endswith(".lock") for path in small_disk.iterdir())
-
-
-def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """Peak memory of preparing 7 MB in one process, against 1 MB: the whole text in memory would show."""
-    texts = documents(600, words=300)
-    peaks = []
-    script = """
-        import re, sys
-        from pathlib import Path
-        from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
-        from gptscale.data.prepare import prepare
-        data = DataConfig(sources=(SourceConfig(path=sys.argv[1]),), workers=1)
-        prepare(data, TokenizerConfig(vocab_size=500, training_bytes=200_000), Path(sys.argv[2]))
-        # Not ru_maxrss, which a process inherits from the one that started it.
-        print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-    """
-    for copies in (1, 6):
-        path = write_jsonl(tmp_path / f"{copies}.jsonl", texts * copies)
-        stdout, stderr = start(script, path, tmp_path / f"out-{copies}").communicate()
-        assert stdout, stderr
-        peaks.append(int(stdout) * 1024)
-    text_growth = (tmp_path / "6.jsonl").stat().st_size - (tmp_path / "1.jsonl").stat().st_size
-    assert peaks[1] - peaks[0] < text_growth / 2, peaks

@@ -1,0 +1,398 @@
+"""Preparing in processes: killed at any moment, interrupted, out of disk, begun again, shared out among jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gptscale.config.schema import DataConfig, FilterConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from gptscale.data.corpus import open_split
+from gptscale.data.prepare import ProgressEvent, corpus_folder, ensure_prepared, prepare, prepare_task
+from gptscale.runtime.errors import UserError
+from gptscale.tokenizer import train_tokenizer
+from tests.helpers.text import contents, documents, write_jsonl
+
+ROOT = Path(__file__).parents[3]
+GPTSCALE = str(Path(sys.executable).parent / "gptscale")
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+PREPARE = """
+    import sys
+    from gptscale.config.schema import DataConfig, FilterConfig, SourceConfig, TokenizerConfig
+    from gptscale.data.prepare import ensure_prepared
+    text, corpora = sys.argv[1:]
+    filters = FilterConfig(exact_duplicates=True, near_duplicates=0.8)
+    source = SourceConfig(path=text)
+    data = DataConfig((source,), corpora_dir=corpora, workers=2, filters=filters, shuffle_documents=True)
+    tokenizer = TokenizerConfig(vocab_size=600, training_bytes=300_000)
+    print(ensure_prepared(data, tokenizer, lambda event: print(event.stage, event.parts_done, flush=True)))
+    assert "torch" not in sys.modules
+"""
+
+
+def settings(text: Path, corpora: Path) -> tuple[DataConfig, TokenizerConfig]:
+    filters = FilterConfig(exact_duplicates=True, near_duplicates=0.8)
+    source = SourceConfig(path=str(text))
+    return (
+        DataConfig((source,), corpora_dir=str(corpora), workers=2, filters=filters, shuffle_documents=True),
+        TokenizerConfig(vocab_size=600, training_bytes=300_000),
+    )
+
+
+def assert_gone(family: list[psutil.Process]) -> None:
+    """All have ended within 2 s. One that nobody has reaped yet has ended, too."""
+    _, left = psutil.wait_procs(family, timeout=2)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left if process.is_running()), left
+
+
+@pytest.fixture(scope="module")
+def undisturbed(big_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_prepared(*settings(big_text, tmp_path_factory.mktemp("undisturbed")))
+
+
+@pytest.mark.parametrize("moment", ["tokenizer 0", "tokenise 2", "merge 5"])
+def test_a_killed_prepare_leaves_nothing_that_counts_and_runs_again(
+    big_text: Path, undisturbed: Path, tmp_path: Path, moment: str
+) -> None:
+    corpora = tmp_path / "corpora"
+    process = start(PREPARE, big_text, corpora)
+    assert process.stdout is not None
+    while (line := process.stdout.readline().strip()) != moment:
+        assert line, process.communicate()[1]
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert_gone(family)
+    folder = corpus_folder(*settings(big_text, corpora))
+    assert not folder.exists()
+    with pytest.raises(UserError, match="no such folder"):
+        open_split(folder, "train")
+    first: list[int] = []
+    progress = lambda event: first.append(event.parts_done) if event.stage == "tokenise" else None  # noqa: E731
+    assert ensure_prepared(*settings(big_text, corpora), progress) == folder
+    done_before = {"tokenizer 0": 0, "tokenise 2": 2, "merge 5": 8}[moment]
+    assert first[0] >= done_before, "what was finished is not done again"
+    open_split(folder, "train", verify=True)
+    open_split(folder, "heldout", verify=True)
+    assert sorted(path.name for path in corpora.iterdir()) == sorted([folder.name, f".{folder.name}.lock"])
+    assert contents(folder) == contents(undisturbed)
+
+
+def test_a_keyboard_interrupt_stops_at_once_and_keeps_what_is_finished(big_text: Path, tmp_path: Path) -> None:
+    # Slowed down, or on a busy machine it may be done before the signal comes; and a shell's `&` has signals ignored.
+    listening = "import sys, time, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    slow = PREPARE.replace("flush=True)", "flush=True) or time.sleep(0.3)").replace("import sys", listening)
+    process = start(slow, big_text, tmp_path / "corpora")
+    assert process.stdout is not None
+    while (line := process.stdout.readline().strip()) != "tokenise 1":
+        assert line, process.communicate()[1]
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert_gone(family)
+    (partial,) = (tmp_path / "corpora").glob(".*.partial")
+    records = list((partial / "parts").glob("*.json"))
+    assert records
+    named = {name for record in records for name in json.loads(record.read_text())["files"]}
+    assert {path.name for path in (partial / "parts").iterdir()} - {path.name for path in records} == named
+
+
+def test_processes_that_prepare_at_once_share_one_result(big_text: Path, tmp_path: Path) -> None:
+    processes = [start(PREPARE, big_text, tmp_path / "corpora") for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    folder = corpus_folder(*settings(big_text, tmp_path / "corpora"))
+    for stdout, _ in outputs:
+        assert stdout.splitlines()[-1] == str(folder)
+    assert sum("merge" in stdout for stdout, _ in outputs) == 1
+    open_split(folder, "train", verify=True)
+
+
+def test_workers_import_no_torch_even_from_a_script_that_does(big_text: Path, tmp_path: Path) -> None:
+    """A script without a guard, with torch imported: workers neither run it again nor import torch."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('script runs', flush=True)\nimport torch, psutil\n"
+        "from pathlib import Path\n"
+        "from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig\n"
+        "from gptscale.data.prepare import prepare\n"
+        f"text = {str(big_text)!r}\n"
+        "sources = (SourceConfig(path=text), SourceConfig(path=text, format='huggingface'))\n"
+        "data = DataConfig(sources=sources, workers=2)\n"
+        "def look(event):\n"
+        "    if event.stage == 'tokenise':\n"
+        "        for child in psutil.Process().children():\n"
+        "            maps = Path(f'/proc/{child.pid}/maps').read_text()\n"
+        "            print('worker', 'libtorch' in maps, 'sentencepiece' in maps, flush=True)\n"
+        "tokenizer = TokenizerConfig(vocab_size=500, training_bytes=50_000)\n"
+        f"prepare(data, tokenizer, Path({str(tmp_path / 'out')!r}), look)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines.count("script runs") == 1
+    assert "worker False True" in lines
+    assert (tmp_path / "out/train/manifest.json").read_text().count('"huggingface"') > 1
+    assert not any(line.startswith("worker True") for line in lines)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("small_disk", "workers"), [("600k", 1), ("600k", 2), ("100k", 1)], indirect=["small_disk"])
+def test_a_full_disk_is_the_users_to_know(big_text: Path, small_disk: Path, workers: int) -> None:
+    data, tokenizer = settings(big_text, small_disk)
+    with pytest.raises(UserError) as caught:
+        ensure_prepared(replace(data, workers=workers), tokenizer)
+    message = str(caught.value)
+    assert message.startswith(f"{small_disk}: no space left")
+    assert "data.corpora_dir" in message
+    assert len(message.splitlines()) == 2
+    assert not corpus_folder(data, tokenizer).exists()
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    folder = ensure_prepared(replace(data, workers=workers), tokenizer)  # there is space now: it goes on
+    open_split(folder, "train", verify=True)
+    assert [path for path in small_disk.iterdir() if not path.name.endswith(".lock")] == [folder]
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    """Peak memory of preparing 7 MB in one process, against 1 MB: the whole text in memory would show."""
+    texts = documents(600, words=300)
+    peaks = []
+    script = """
+        import re, sys
+        from pathlib import Path
+        from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
+        from gptscale.data.prepare import prepare
+        data = DataConfig(sources=(SourceConfig(path=sys.argv[1]),), workers=1)
+        prepare(data, TokenizerConfig(vocab_size=500, training_bytes=200_000), Path(sys.argv[2]))
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    """
+    for copies in (1, 6):
+        path = write_jsonl(tmp_path / f"{copies}.jsonl", texts * copies)
+        stdout, stderr = start(script, path, tmp_path / f"out-{copies}").communicate()
+        assert stdout, stderr
+        peaks.append(int(stdout) * 1024)
+    text_growth = (tmp_path / "6.jsonl").stat().st_size - (tmp_path / "1.jsonl").stat().st_size
+    assert peaks[1] - peaks[0] < text_growth / 2, peaks
+
+
+# Begun again
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> TokenizerConfig:
+    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+    train_tokenizer(documents(100), 400, path)
+    return TokenizerConfig(path=str(path))
+
+
+def finished_parts(target: Path) -> dict[str, int]:
+    """The records beside a target, and when each was written."""
+    return {
+        path.name: path.stat().st_mtime_ns for path in (target.parent / f".{target.name}.partial/parts").glob("*.json")
+    }
+
+
+def test_after_a_bad_line_is_mended_only_its_part_is_read_again(
+    big_text: Path, tmp_path: Path, vocabulary: TokenizerConfig
+) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(big_text, text)
+    good = (text / "7.jsonl").read_bytes()
+    (text / "7.jsonl").write_bytes(good + b"{}\n")
+    data = DataConfig((SourceConfig(path=str(text)),), workers=1)
+    with pytest.raises(UserError, match=r"7\.jsonl:91"):
+        prepare(data, vocabulary, tmp_path / "out")
+    before = finished_parts(tmp_path / "out")
+    assert len(before) == 7
+    (text / "7.jsonl").write_bytes(good)
+    counted: list[ProgressEvent] = []
+
+    def look(event: ProgressEvent) -> None:
+        if event.stage == "merge" and event.parts_done == 1:
+            after = finished_parts(tmp_path / "out")
+            assert {name: after[name] for name in before} == before
+            assert len(after) == 8
+        counted.append(event)
+
+    prepare(data, vocabulary, tmp_path / "out", look)
+    assert [event.parts_done for event in counted if event.stage == "tokenise"] == [7, 8]
+    prepare(data, vocabulary, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def stopped(data: DataConfig, tokenizer: TokenizerConfig, target: Path) -> dict[str, int]:
+    """Prepare up to the first shard, and stop there."""
+
+    class EnoughError(Exception):
+        pass
+
+    def stop(event: ProgressEvent) -> None:
+        if event.stage == "merge":
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        prepare(data, tokenizer, target, stop)
+    return finished_parts(target)
+
+
+def test_other_settings_or_text_take_nothing_from_what_was_done(
+    big_text: Path, tmp_path: Path, vocabulary: TokenizerConfig
+) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(big_text, text)
+    target = tmp_path / "out"
+    base = DataConfig((SourceConfig(path=str(text)),), workers=1)
+    before = stopped(base, vocabulary, target)
+    assert len(before) == 8
+    assert stopped(replace(base, shard_tokens=1000, workers=2), vocabulary, target) == before
+    different = [
+        (replace(base, heldout_fraction=0.3), vocabulary),
+        (replace(base, filters=FilterConfig(min_characters=1200)), vocabulary),
+        (replace(base, filters=FilterConfig(exact_duplicates=True)), vocabulary),
+        (base, TokenizerConfig(vocab_size=500, training_bytes=50_000)),
+    ]
+    for data, tokenizer in different:
+        after = stopped(data, tokenizer, target)
+        assert len(after) == len(before) + 8
+        before = after
+    changed = text / "3.jsonl"
+    changed.write_bytes(changed.read_bytes().replace(b"a", b"b"))  # as long as before
+    assert len(stopped(base, vocabulary, target)) == len(before) + 1
+    result = prepare(different[1][0], vocabulary, target)
+    assert contents(target) == contents(prepare(different[1][0], vocabulary, tmp_path / "fresh").folder)
+    assert sum(removed.documents for part in result.train.parts for removed in part.removed) > 0
+
+
+@pytest.mark.parametrize("kind", ["tok", "end", "doc", "near"])
+def test_a_part_that_was_damaged_meanwhile_is_named(
+    big_text: Path, tmp_path: Path, vocabulary: TokenizerConfig, kind: str
+) -> None:
+    data = DataConfig((SourceConfig(path=str(big_text)),), workers=1, filters=FilterConfig(near_duplicates=0.8))
+    stopped(data, vocabulary, tmp_path / "out")
+    victim = max((tmp_path / ".out.partial/parts").glob(f"*.train.{kind}"))
+    healthy = victim.read_bytes()
+    victim.write_bytes(healthy[:-1] + bytes([healthy[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"{re.escape(str(victim))}: damaged since it was written"):
+        prepare(data, vocabulary, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    victim.unlink()  # as it says
+    prepare(data, vocabulary, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(prepare(data, vocabulary, tmp_path / "fresh").folder)
+
+
+def test_killed_again_and_again_at_any_moment_it_comes_out_the_same(
+    big_text: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    corpora, chance = tmp_path / "corpora", random.Random(0)
+    folder = corpus_folder(*settings(big_text, corpora))
+    kills = 0
+    while not folder.exists():
+        process = start(PREPARE, big_text, corpora)
+        time.sleep(0.4 + chance.random() * (0.4 + kills / 4))
+        family = psutil.Process(process.pid).children(recursive=True)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        assert_gone(family)
+        assert kills < 40
+    assert kills >= 3
+    assert contents(ensure_prepared(*settings(big_text, corpora))) == contents(undisturbed)
+
+
+# Shared out among jobs
+
+
+def test_tasks_and_a_merge_give_what_one_job_gives(big_text: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Three jobs at the same time, which train one tokenizer; one of them killed and run again."""
+    common = [
+        f"data.sources=[{{path: {big_text}}}]",
+        "data.filters.exact_duplicates=true",
+        "data.filters.near_duplicates=0.8",
+        "data.shuffle_documents=true",
+        "tokenizer.vocab_size=600",
+        "tokenizer.training_bytes=300000",
+        "data.workers=1",
+        f"target={tmp_path / 'out'}",
+    ]
+
+    def job(*more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([GPTSCALE, "prepare", *common, *more], stderr=subprocess.PIPE, text=True)
+
+    merge = job("prepare.merge=true")
+    assert "8 of 8 parts are not tokenised yet" in merge.communicate()[1]
+    assert merge.returncode == 2
+    jobs = [job("prepare.tasks=3", f"prepare.task={task}") for task in range(3)]
+    jobs[1].kill()
+    said = [one.communicate(timeout=120)[1].strip().splitlines()[-1] for one in jobs if one is not jobs[1]]
+    assert said == ["task 0 of 3: 3 parts are tokenised", "task 2 of 3: 2 parts are tokenised"]
+    assert not (tmp_path / "out").exists()
+    merge = job("prepare.merge=true")
+    assert "3 of 8 parts are not tokenised yet, 1.jsonl for one" in merge.communicate()[1]
+    assert job("prepare.tasks=3", "prepare.task=1").wait() == 0
+    assert job("prepare.merge=true").wait() == 0
+    assert contents(tmp_path / "out") == contents(undisturbed)
+    late = job("prepare.tasks=3", "prepare.task=1")
+    assert late.wait() == 0, "a task of what is finished has nothing to do"
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["out"]
+
+
+def test_tasks_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    for wrong in (["prepare.task=3", "prepare.tasks=3"], ["prepare.task=-1"], ["prepare.task=0", "prepare.merge=true"]):
+        done = subprocess.run([GPTSCALE, "prepare", *wrong, f"target={tmp_path}/out"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 2, done.stderr
+        assert "contradict each other" in done.stderr
+
+
+def test_a_task_leaves_a_finished_folder_alone(big_text: Path, tmp_path: Path, vocabulary: TokenizerConfig) -> None:
+    data = DataConfig((SourceConfig(path=str(big_text)),), workers=1)
+    prepare(data, vocabulary, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert prepare_task(data, vocabulary, tmp_path / "out", PrepareConfig(tasks=2, task=1)) == 0
+    assert contents(tmp_path / "out") == before
