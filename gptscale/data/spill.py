@@ -29,6 +29,7 @@ import xxhash
 from gptscale.config.schema import FilterConfig
 from gptscale.data.shards import SPLITS, Removed, Split, file_xxh3_128
 from gptscale.data.sources import Part
+from gptscale.data.sources.store import address, fingerprint, is_remote
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
 
@@ -85,12 +86,11 @@ class Recipe:
 def input_key(part: Part) -> dict[str, Any]:
     """All that decides what text a part holds, as far as it can be told without reading it. JSON."""
     source = {key: value for key, value in asdict(part.source).items() if key not in ("name", "weight", "licence")}
-    files = [(file, (Path(part.root, file)).stat()) for file in part.files if Path(part.root, file).exists()]
     return {
         "source": source,
         "format": part.format,
-        "root": str(Path(part.root).absolute()) if part.files else part.root,
-        "files": [[file, found.st_size, found.st_mtime_ns] for file, found in files],
+        "root": str(Path(part.root).absolute()) if part.files and not is_remote(part.root) else part.root,
+        "files": [[file, *fingerprint(address(part.root, file))] for file in part.files],
         "range": [part.start, part.stop],
         "version": part.version,
     }

@@ -38,6 +38,8 @@ class Started:
 
 def started(command: str) -> Started | None:
     """None where the command starts nothing of gptscale."""
+    if kept := re.fullmatch(r"\w+=\$\((.*)\)", command):  # its output in a variable
+        return started(kept[1])
     words = shlex.split(command)
     if words[0] == "gptscale":
         return Started(words[1], words[2:], 0)
@@ -46,6 +48,8 @@ def started(command: str) -> Started | None:
         return Started(words[at + 1], words[at + 2 :], 0)
     if words[0] == "sbatch":
         script = next(word for word in words[1:] if not word.startswith("--"))
+        if script == "launch/prepare.slurm":
+            return Started("prepare", words[words.index(script) + 1 :], 0)
         per_node = _option((REPOSITORY / script).read_text().split(), "--ntasks-per-node", 1)
         ranks = _option(words, "--ntasks-per-node", per_node) * _option(words, "--nodes", 1)
         return Started("train", words[words.index(script) + 1 :], ranks)

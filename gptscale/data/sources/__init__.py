@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from gptscale.config.schema import SourceConfig
@@ -14,6 +15,7 @@ from gptscale.data.sources.jsonl import JSONL_SUFFIXES, find_jsonl, read_jsonl
 from gptscale.data.sources.parquet import find_parquet, read_parquet
 from gptscale.data.sources.part import Document, Format, Part
 from gptscale.data.sources.stdlib import find_stdlib
+from gptscale.data.sources.store import find_remote, is_remote
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.registry import Registry
 
@@ -57,7 +59,9 @@ def _format(source: SourceConfig, key: str) -> str:
     if not source.path:
         raise UserError(f"{key}: neither path nor format is set\nset {key}.path, or format=stdlib for text at hand")
     path = Path(source.path)
-    if path.is_dir():
+    if is_remote(source.path):
+        names = find_remote(source.path, tuple(chain(*_BY_SUFFIX.values())), key)[1]
+    elif path.is_dir():
         names = [file.name for file in path.rglob("*") if file.is_file()]
     elif path.is_file():
         names = [path.name]

@@ -10,12 +10,13 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from typing import BinaryIO, cast
 
 from gptscale.config.schema import SourceConfig
 from gptscale.data.sources.files import input_files
 from gptscale.data.sources.part import Document, Part, part_bytes
+from gptscale.data.sources.store import address, input_bytes, open_input
 from gptscale.runtime.errors import UserError
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -23,7 +24,7 @@ JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 def find_jsonl(source: SourceConfig, key: str) -> tuple[Part, ...]:
     root, files = input_files(source.path, JSONL_SUFFIXES, key)
-    sizes = [(root / file).stat().st_size for file in files]
+    sizes = [input_bytes(address(root, file)) for file in files]
     wanted = part_bytes(sum(sizes))
     parts = []
     for file, size in zip(files, sizes, strict=True):
@@ -31,32 +32,37 @@ def find_jsonl(source: SourceConfig, key: str) -> tuple[Part, ...]:
         for start in range(0, max(size, 1), max(size, 1) if whole else wanted):
             stop = size if whole else min(start + wanted, size)
             name = file if stop - start == size else f"{file} bytes {start}…{stop}"
-            parts.append(Part(name, source, "jsonl", str(root), (file,), stop - start, source.licence, "", start, stop))
+            parts.append(Part(name, source, "jsonl", root, (file,), stop - start, source.licence, "", start, stop))
     return tuple(parts)
 
 
 def read_jsonl(part: Part) -> Iterator[Document]:
     (file,) = part.files
-    path = Path(part.root, file)
+    where = address(part.root, file)
     try:
-        with _open(path) as stream:
+        with _open(where) as stream:
             for offset, line in _lines(stream, part, compressed=file.endswith((".gz", ".zst"))):
                 if line.strip():
-                    yield Document(f"{file}@{offset}", _text(path, offset, line, part.source.text_key))
+                    yield Document(f"{file}@{offset}", _text(where, offset, line, part.source.text_key))
     except (EOFError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{path}: broken compressed file ({error})\nfetch or compress it again") from error
+        raise UserError(f"{where}: broken compressed file ({error})\nfetch or compress it again") from error
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.name.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.name.endswith(".zst"):
-        import pyarrow
+@contextmanager
+def _open(where: str) -> Iterator[BinaryIO]:
+    with open_input(where) as raw:
+        if where.endswith(".gz"):
+            with gzip.open(raw, "rb") as stream:
+                yield cast(BinaryIO, stream)
+        elif where.endswith(".zst"):
+            import pyarrow
 
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
-    return path.open("rb")
+            with io.BufferedReader(pyarrow.input_stream(raw, compression="zstd")) as stream:
+                yield cast(BinaryIO, stream)
+        else:
+            yield raw
 
 
 def _lines(stream: BinaryIO, part: Part, compressed: bool) -> Iterator[tuple[int, bytes]]:
@@ -73,24 +79,24 @@ def _lines(stream: BinaryIO, part: Part, compressed: bool) -> Iterator[tuple[int
         offset += len(line)
 
 
-def _text(path: Path, offset: int, line: bytes, text_key: str) -> str:
+def _text(where: str, offset: int, line: bytes, text_key: str) -> str:
     try:
         record = json.loads(line.decode("utf-8-sig" if offset == 0 else "utf-8"))
     except UnicodeDecodeError as error:
-        raise _refusal(path, offset, f"not UTF-8 (byte 0x{line[error.start]:02x})", "convert the file") from error
+        raise _refusal(where, offset, f"not UTF-8 (byte 0x{line[error.start]:02x})", "convert the file") from error
     except ValueError as error:
-        raise _refusal(path, offset, f"not JSON ({error})", "every line must be one JSON object") from error
+        raise _refusal(where, offset, f"not JSON ({error})", "every line must be one JSON object") from error
     if not isinstance(record, dict):
-        raise _refusal(path, offset, f"{type(record).__name__}, not an object", "every line must be one JSON object")
+        raise _refusal(where, offset, f"{type(record).__name__}, not an object", "every line must be one JSON object")
     if text_key not in record:
         fields = ", ".join(sorted(record)[:8]) or "none"
         raise _refusal(
-            path, offset, f"no {text_key!r} field (it has: {fields})", "set the source's text_key to the text's field"
+            where, offset, f"no {text_key!r} field (it has: {fields})", "set the source's text_key to the text's field"
         )
     text = record[text_key]
     if not isinstance(text, str):
         raise _refusal(
-            path,
+            where,
             offset,
             f"field {text_key!r} is {type(text).__name__}, not text",
             "set the source's text_key, or fix it",
@@ -98,16 +104,16 @@ def _text(path: Path, offset: int, line: bytes, text_key: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _refusal(path, offset, "half of a surrogate pair (\\ud8xx alone)", "repair the text") from error
+        raise _refusal(where, offset, "half of a surrogate pair (\\ud8xx alone)", "repair the text") from error
     return text
 
 
-def _refusal(path: Path, offset: int, wrong: str, fix: str) -> UserError:
+def _refusal(where: str, offset: int, wrong: str, fix: str) -> UserError:
     """Counts lines only now that there is a complaint: a range does not know the number of its first line."""
     left, line = offset, 1
-    with _open(path) as stream:
+    with _open(where) as stream:
         while left:
             block = stream.read(min(left, 1 << 20))
             line += block.count(b"\n")
             left -= len(block)
-    return UserError(f"{path}:{line}: {wrong}\n{fix}")
+    return UserError(f"{where}:{line}: {wrong}\n{fix}")

@@ -26,7 +26,7 @@ class Part:
     format: str
     """The source's format with `auto` resolved."""
     root: str
-    """Folder below which identities are relative paths."""
+    """Folder, here or in a store, below which identities are relative paths."""
     files: tuple[str, ...]
     """Relative to `root`, in order."""
     input_bytes: int

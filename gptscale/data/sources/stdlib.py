@@ -33,7 +33,7 @@ def find_stdlib(source: SourceConfig, key: str) -> tuple[Part, ...]:
             f"{key}: nothing matches {source.pattern} among this Python's library sources at {root}\n"
             "mend the source's pattern, or name text of your own in data.sources"
         )
-    return group(source, "stdlib", root, files, "stdlib", LICENCE, f"Python {platform.python_version()}")
+    return group(source, "stdlib", str(root), files, "stdlib", LICENCE, f"Python {platform.python_version()}")
 
 
 def _is_text(path: Path) -> bool:
