@@ -16,10 +16,10 @@ from gptscale.config.schema import ModelConfig, PrecisionConfig
 from gptscale.flow import Piece
 from gptscale.model.gpt import GPT
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import Tokenizer
+from gptscale.tokenizer import Tokenizer, find_tokenizer
+from gptscale.tokenizer.tokenizer import FILES
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def _load(path: Path, device: torch.device) -> Trained:
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The copy in the run folder; for a checkpoint that was copied elsewhere, one that was put beside it."""
     for folder in (checkpoint.path, checkpoint.path.parent.parent):
-        if (folder / TOKENIZER).is_file():
-            tokenizer = Tokenizer.load(folder / TOKENIZER)
+        if (path := find_tokenizer(folder)) is not None:
+            tokenizer = Tokenizer.load(path)
             if tokenizer.sha256 != checkpoint.state["tokenizer_sha256"]:
                 raise UserError(
-                    f"{folder / TOKENIZER} is not the tokenizer that this model was trained with\n"
-                    "put the run's own tokenizer.model beside the checkpoint"
+                    f"{path} is not the tokenizer that this model was trained with\n"
+                    f"put the run's own {path.name} beside the checkpoint"
                 )
             return tokenizer
     raise UserError(
-        f"{checkpoint.path} has no {TOKENIZER} with it\ncopy the run's {TOKENIZER} into the checkpoint's folder"
+        f"{checkpoint.path} has no {' or '.join(FILES)} with it\ncopy the run's into the checkpoint's folder"
     )

@@ -87,7 +87,7 @@ class TokenizerConfig:
     vocab_size: int = 4096
     """Pieces, special tokens and the 256 byte pieces included."""
     path: str | None = None
-    """A trained `tokenizer.model` to use in place of training one."""
+    """A trained `tokenizer.model`, or a public model's `tokenizer.json`, to use in place of training one."""
     training_bytes: int = 20_000_000
     """Most text to train the tokenizer on: documents are sampled evenly over the corpus until this much is taken."""
 

@@ -12,7 +12,6 @@ from gptscale.data.shards import (
     END_DTYPE,
     FORMAT_VERSION,
     MANIFEST,
-    TOKENIZER,
     Manifest,
     Split,
     end_file,
@@ -22,7 +21,8 @@ from gptscale.data.shards import (
 )
 from gptscale.flow import Shard
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import Tokenizer
+from gptscale.tokenizer import Tokenizer, find_tokenizer
+from gptscale.tokenizer.tokenizer import FILES
 
 _AGAIN = "prepare the text again (`gptscale prepare`) into a new folder, or copy the file again"
 _CHECK_TOKENS = 1 << 22
@@ -39,7 +39,7 @@ class Corpus:
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.folder / TOKENIZER
+        return find_tokenizer(self.folder) or self.folder / FILES[0]
 
     def token_path(self, shard: Shard) -> Path:
         return self.folder / self.split / token_file(shard)

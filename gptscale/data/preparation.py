@@ -16,7 +16,7 @@ from gptscale.config.rules import text_names
 from gptscale.config.schema import DataConfig, TokenizerConfig
 from gptscale.data.filters import check_filters
 from gptscale.data.merge import Merge, Merged
-from gptscale.data.shards import SPLITS, TOKENIZER, Manifest, PartRecord, Split, token_dtype
+from gptscale.data.shards import SPLITS, Manifest, PartRecord, Split, token_dtype
 from gptscale.data.sources import Part, find_parts, read_part
 from gptscale.data.spill import SPILL_VERSION, Recipe, SpilledPart, digest_of, find_spilled, input_key, part_key
 from gptscale.data.tokenise import HASH_RANGE, identity_hash, is_heldout
@@ -25,6 +25,7 @@ from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
 from gptscale.runtime.hardware import usable_cores
 from gptscale.tokenizer import Tokenizer, train_tokenizer
+from gptscale.tokenizer.tokenizer import FILES
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ class Preparation:
         self._report(ProgressEvent("tokenizer", parts=len(self._parts)))
         if self._settings.path is not None:
             given = Path(self._settings.path)
-            sha256 = Tokenizer.load(given).sha256
-            path = self._work / "tokenizer" / sha256 / TOKENIZER
+            loaded = Tokenizer.load(given)
+            path = self._work / "tokenizer" / loaded.sha256 / loaded.file_name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomically(path, given.read_bytes())
         else:
-            path = self._work / "tokenizer" / self._tokenizer_key() / TOKENIZER
+            path = self._work / "tokenizer" / self._tokenizer_key() / FILES[0]
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 sample = _sample(self._parts, self._settings.training_bytes, self._data.heldout_fraction)
@@ -145,7 +146,7 @@ class Preparation:
             self._data.shuffle_documents,
             lambda: self._report(ProgressEvent("merge", next(steps), 2 * len(spilled), tokens)),
         )
-        write_bytes_atomically(target / TOKENIZER, self._recipe.tokenizer_path.read_bytes())
+        write_bytes_atomically(target / self._tokenizer.file_name, self._recipe.tokenizer_path.read_bytes())
         for split in SPLITS:
             self._manifest(split, merged[split]).write(target / split)
         tokens = sum(count.tokens for split in SPLITS for count in merged[split].counts)

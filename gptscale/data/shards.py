@@ -1,6 +1,6 @@
 """The format of prepared text: a folder a split, holding shards and, written last, the manifest that makes them count.
 
-    <prepared>/tokenizer.model
+    <prepared>/tokenizer.model              or tokenizer.json
     <prepared>/train/shard-00000.tok.npy    token ids, 1-D uint16 (uint32 where the vocabulary needs it)
     <prepared>/train/shard-00000.end.npy    document ends, 1-D uint64, exclusive; the last equals the number of tokens
     <prepared>/train/manifest.json
@@ -29,7 +29,6 @@ from gptscale.runtime.files import write_bytes_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 

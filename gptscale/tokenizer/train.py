@@ -15,6 +15,7 @@ import sentencepiece
 
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
+from gptscale.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from gptscale.tokenizer.special import END_OF_TEXT, PAD, SPECIAL_TOKENS, UNKNOWN
 from gptscale.tokenizer.tokenizer import Tokenizer
 
@@ -66,7 +67,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, target: Path) -> 
     if vocab_size < _SMALLEST:
         raise _too_small(vocab_size, _SMALLEST)
     write_bytes_atomically(target, model.getvalue())
-    return Tokenizer(model.getvalue(), str(target))
+    return SentencePieceTokenizer(model.getvalue(), str(target))
 
 
 def _noting(failures: list[Exception], passages: Iterator[str]) -> Iterator[str]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptscale.checkpoint.folder import CHECKPOINTS, list_checkpoints
-from gptscale.checkpoint.trained import TOKENIZER
 from gptscale.config.schema import RunConfig
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
@@ -44,7 +43,7 @@ class RunFolder:
         content = tokenizer.read_bytes()
         with self.explained():
             write_bytes_atomically(self.path / "config.yaml", config_yaml.encode())
-            write_bytes_atomically(self.path / TOKENIZER, content)
+            write_bytes_atomically(self.path / tokenizer.name, content)
 
     def write_kernels(self, content: str) -> None:
         """Record which attention kernels the run computes with, and what timing them gave."""
