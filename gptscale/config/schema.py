@@ -113,6 +113,10 @@ class SourceConfig:
     """files and stdlib: glob below `path`, or below the library's folder."""
     licence: str = "unstated"
     """Recorded in the manifest."""
+    fim_rate: float = 0.0
+    """Share of the training documents that are cut to fill in the middle; for code, e.g. 0.5."""
+    fim_spm_rate: float = 0.5
+    """Of those, the share that begins with the suffix instead of the prefix."""
 
 
 @dataclass(frozen=True)

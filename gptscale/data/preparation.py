@@ -15,6 +15,7 @@ import numpy as np
 from gptscale.config.rules import text_names
 from gptscale.config.schema import DataConfig, TokenizerConfig
 from gptscale.data.filters import check_filters
+from gptscale.data.fim import fill_in_middle
 from gptscale.data.merge import Merge, Merged
 from gptscale.data.shards import SPLITS, Manifest, PartRecord, Split, token_dtype
 from gptscale.data.sources import Part, find_parts, read_part
@@ -73,10 +74,14 @@ class Preparation:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 sample = _sample(self._parts, self._settings.training_bytes, self._data.heldout_fraction)
-                train_tokenizer(sample, self._settings.vocab_size, path)
+                train_tokenizer(
+                    sample, self._settings.vocab_size, path, any(part.source.fim_rate for part in self._parts)
+                )
         folder = self._work / "parts"
         folder.mkdir(exist_ok=True)
         self._tokenizer = Tokenizer.load(path)
+        for source in self._data.sources:
+            fill_in_middle(source.fim_rate, source.fim_spm_rate, self._tokenizer)  # refuses a vocabulary without tokens
         self._recipe = Recipe(path, self._tokenizer.sha256, self._data.heldout_fraction, self._data.filters, folder)
 
     def _tokenizer_key(self) -> str:
@@ -209,6 +214,12 @@ def _parts(data: DataConfig) -> list[Part]:
             f"data.heldout_fraction={data.heldout_fraction} must lie between 0 and 1\n"
             "set it to e.g. 0.02: evaluation needs text that training has not seen"
         )
+    for number, source in enumerate(data.sources):
+        if not (0 <= source.fim_rate <= 1 and 0 <= source.fim_spm_rate <= 1):
+            raise UserError(
+                f"data.sources[{number}]: fim_rate={source.fim_rate}, fim_spm_rate={source.fim_spm_rate} are shares\n"
+                "set them between 0 and 1"
+            )
     if data.shard_tokens < 1 or (data.workers is not None and data.workers < 1):
         raise UserError("data.shard_tokens and data.workers must be at least 1\ncorrect them")
     parts = [

@@ -69,6 +69,9 @@ def corpus_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
 def _settings(source: SourceConfig) -> dict[str, object]:
     """What decides a source's text. A relative path means another text in another working directory."""
     settings = {key: value for key, value in asdict(source).items() if key not in ("name", "weight", "licence")}
+    for key in ("fim_rate", "fim_spm_rate"):  # a setting that came later must not rename what was prepared before
+        if settings[key] == getattr(SourceConfig, key):
+            del settings[key]
     if source.path and source.format != "huggingface" and not is_remote(source.path):
         settings["path"] = str(Path(source.path).absolute())
     return settings

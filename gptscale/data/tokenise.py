@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from gptscale.data.filters import refused
+from gptscale.data.fim import FillInMiddle, fill_in_middle
 from gptscale.data.near import band_keys, banding
 from gptscale.data.shards import END_DTYPE, Removed, Split, token_dtype
 from gptscale.data.sources import Document, Part, read_part
@@ -47,6 +48,7 @@ def tokenise_part(part: Part, key: str, recipe: Recipe) -> SpilledPart:
     smallest, largest = HASH_RANGE - 1, 0
     with SpillWriter(recipe, key) as writer:
         train = _SplitSpill(writer, "train", tokenizer, recipe)
+        train.fim = fill_in_middle(part.source.fim_rate, part.source.fim_spm_rate, tokenizer)
         heldout = _SplitSpill(writer, "heldout", tokenizer, recipe)
         for batch in _batches(read_part(part)):
             if _stop is not None and _stop.is_set():
@@ -56,7 +58,7 @@ def tokenise_part(part: Part, key: str, recipe: Recipe) -> SpilledPart:
             for target, side in ((heldout, True), (train, False)):
                 target.add(
                     [
-                        document.text
+                        (document.text, digest)
                         for document, digest in zip(batch, hashes, strict=True)
                         if is_heldout(digest, recipe.heldout_fraction) is side
                     ]
@@ -88,6 +90,7 @@ class _SplitSpill:
         self._split: Split = split
         self._tokenizer = tokenizer
         self._filters = recipe.filters
+        self.fim: FillInMiddle | None = None
         self._kinds = recipe.kinds
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._documents = self._tokens = self._text_bytes = 0
@@ -98,23 +101,26 @@ class _SplitSpill:
         removed = tuple(self._removed[reason] for reason in sorted(self._removed))
         return Counts(self._documents, self._tokens, self._text_bytes, removed)
 
-    def add(self, texts: list[str]) -> None:
-        """Write the documents that the filters leave, and count the others."""
+    def add(self, documents: list[tuple[str, int]]) -> None:
+        """Write the documents that the filters leave, and count the others. Each is its text and identity's hash."""
         kept = []
-        for text in texts:
+        for text, digest in documents:
             reason = refused(text, self._filters)
             if reason is None:
-                kept.append(text)
+                kept.append((text, digest))
             else:
                 before = self._removed.get(reason, Removed(reason, 0, 0))
                 self._removed[reason] = Removed(
                     reason, before.documents + 1, before.text_bytes + len(text.encode("utf-8"))
                 )
         if kept:
-            self._write(kept)
+            self._write([text for text, _ in kept], [digest for _, digest in kept])
 
-    def _write(self, texts: list[str]) -> None:
-        encoded = self._tokenizer.encode_batch(texts)
+    def _write(self, texts: list[str], digests: list[int]) -> None:
+        if self.fim is None:
+            encoded = self._tokenizer.encode_batch(texts)
+        else:
+            encoded = self.fim.encode(self._tokenizer, texts, digests)
         ends = self._tokens + np.cumsum([len(ids) + 1 for ids in encoded])
         tokens = np.full(int(ends[-1]) - self._tokens, self._tokenizer.end_of_text, dtype=self._dtype)
         start = 0
@@ -126,8 +132,8 @@ class _SplitSpill:
         sizes = [len(text.encode()) for text in texts]
         if "doc" in self._kinds:
             documents = np.empty(len(texts), dtype=DOCUMENT_DTYPE)
-            digests = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
-            documents["hash"] = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+            hashes = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
+            documents["hash"] = np.frombuffer(hashes, dtype="<u8").reshape(-1, 2)
             documents["text_bytes"] = sizes
             self._writer.write(self._split, "doc", documents)
         if self._filters.near_duplicates is not None:

@@ -18,3 +18,5 @@ END_OF_TURN = "<|end|>"
 
 SPECIAL_TOKENS = (UNKNOWN, END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END_OF_TURN)
 """In the order of their ids, from 0."""
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+"""The next ids of a vocabulary for text that is cut to fill in the middle (`gptscale.data.fim`)."""

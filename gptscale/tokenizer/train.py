@@ -16,23 +16,24 @@ import sentencepiece
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
 from gptscale.tokenizer.sentencepiece_model import SentencePieceTokenizer
-from gptscale.tokenizer.special import END_OF_TEXT, PAD, SPECIAL_TOKENS, UNKNOWN
+from gptscale.tokenizer.special import END_OF_TEXT, FIM_TOKENS, PAD, SPECIAL_TOKENS, UNKNOWN
 from gptscale.tokenizer.tokenizer import Tokenizer
 
 _PASSAGE = 4096
 """Characters of a training passage. Passages end with a line where they can, so that pieces may span line ends."""
-_SMALLEST = len(SPECIAL_TOKENS) + 256
-"""Special tokens and byte pieces: sentencepiece fails without sense below this."""
 _NOT_LEARNT = str.maketrans("", "", "\u2581\u2585\x00")
 """sentencepiece writes spaces as U+2581, and drops a whole passage that holds U+2585 or NUL."""
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, target: Path) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, target: Path, fim: bool = False) -> Tokenizer:
     """Train on `documents` and write the model to `target`; the same documents give the same file.
 
-    `vocab_size` counts everything: special tokens, the 256 byte pieces, learnt pieces. Raises UserError where the text
+    `vocab_size` counts everything: special tokens, the 256 byte pieces, learnt pieces. With `fim` the special tokens
+    are those to fill in the middle, too. Raises UserError where the text
     cannot give that many, or has more different characters than fit, naming the nearest size that works.
     """
+    special = SPECIAL_TOKENS + (FIM_TOKENS if fim else ())
+    smallest = len(special) + 256  # and byte pieces: sentencepiece fails without sense below this
     model = io.BytesIO()
     failures: list[Exception] = []
     try:
@@ -40,7 +41,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, target: Path) -> 
             sentence_iterator=_noting(failures, _passages(documents)),
             model_writer=model,
             model_type="bpe",
-            vocab_size=max(vocab_size, _SMALLEST),
+            vocab_size=max(vocab_size, smallest),
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -54,7 +55,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, target: Path) -> 
             eos_piece=END_OF_TEXT,
             pad_id=SPECIAL_TOKENS.index(PAD),
             pad_piece=PAD,
-            control_symbols=[token for token in SPECIAL_TOKENS if token not in (UNKNOWN, END_OF_TEXT, PAD)],
+            control_symbols=[token for token in special if token not in (UNKNOWN, END_OF_TEXT, PAD)],
             max_sentence_length=16 * _PASSAGE,
             # Threads change neither the pieces nor (much) the time, but their number is written into the model.
             num_threads=1,
@@ -64,8 +65,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, target: Path) -> 
         if failures:
             raise failures[0] from None
         raise _explained(error, vocab_size) from error
-    if vocab_size < _SMALLEST:
-        raise _too_small(vocab_size, _SMALLEST)
+    if vocab_size < smallest:
+        raise _too_small(vocab_size, smallest)
     write_bytes_atomically(target, model.getvalue())
     return SentencePieceTokenizer(model.getvalue(), str(target))
 
