@@ -16,6 +16,7 @@ VERBS = {
     "prepare": "text → tokenizer and shards",
     "train": "shards → checkpoints; starts its own ranks, resumes where it stopped",
     "generate": "a run or checkpoint → text",
+    "export": "prepared text → Megatron's indexed datasets",
     "inspect": "a run, two runs, a checkpoint or prepared text → what is in it",
     "bench": "measure: bench step",
 }

@@ -101,7 +101,8 @@ class SourceConfig:
     path: str = ""
     """A file, a folder, a glob, a Hugging Face dataset (`format=huggingface`), or unused (`stdlib`, `debian`)."""
     format: str = "auto"
-    """`auto`, `jsonl`, `parquet`, `text`, `files`, `huggingface`, `stdlib`, `debian`, or one of your own."""
+    """`auto`, `jsonl`, `parquet`, `text`, `files`, `huggingface`, `stdlib`, `debian`, one of your own; or of token ids
+    that `tokenizer.path` made: `megatron`, `tokens`."""
     weight: float = 1.0
     text_key: str = "text"
     """The field that holds the text (jsonl, parquet, huggingface)."""
@@ -113,6 +114,10 @@ class SourceConfig:
     """files and stdlib: glob below `path`, or below the library's folder."""
     licence: str = "unstated"
     """Recorded in the manifest."""
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """tokens only: of the ids in a raw .bin file."""
+    end_of_text: int | None = None
+    """tokens and megatron only: the id that closes a document there."""
     fim_rate: float = 0.0
     """Share of the training documents that are cut to fill in the middle; for code, e.g. 0.5."""
     fim_spm_rate: float = 0.5
@@ -411,6 +416,18 @@ class InspectRoot:
 
     verify: bool = False
     """Of a checkpoint: read every byte and compare it with its checksum."""
+
+
+@dataclass(frozen=True)
+class ExportRoot:
+    """What `gptscale export` reads."""
+
+    source: str = ""
+    """A prepared folder."""
+    target: str = ""
+    """Folder to write into."""
+    format: str = "megatron"
+    """`megatron`: indexed datasets, a .bin and an .idx file for each split."""
 
 
 @dataclass(frozen=True)

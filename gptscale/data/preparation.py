@@ -18,7 +18,7 @@ from gptscale.data.filters import check_filters
 from gptscale.data.fim import fill_in_middle
 from gptscale.data.merge import Merge, Merged
 from gptscale.data.shards import SPLITS, Manifest, PartRecord, Split, token_dtype
-from gptscale.data.sources import Part, find_parts, read_part
+from gptscale.data.sources import FORMATS, Part, find_parts, read_part
 from gptscale.data.spill import SPILL_VERSION, Recipe, SpilledPart, digest_of, find_spilled, input_key, part_key
 from gptscale.data.tokenise import HASH_RANGE, identity_hash, is_heldout
 from gptscale.data.workers import tokenise_all
@@ -58,7 +58,7 @@ class Preparation:
         self._settings = tokenizer
         self._work = work
         self._report = report
-        self._parts = _parts(data)
+        self._parts = _parts(data, tokenizer)
 
     def find_tokenizer(self) -> None:
         """Train the tokenizer, or take the one that is given or was trained already for the same text."""
@@ -198,7 +198,7 @@ class Preparation:
         )
 
 
-def _parts(data: DataConfig) -> list[Part]:
+def _parts(data: DataConfig, tokenizer: TokenizerConfig) -> list[Part]:
     if not data.sources:
         raise UserError(
             "data.sources is empty: there is no text to prepare\nname text, or prepared shards in data.path"
@@ -220,6 +220,11 @@ def _parts(data: DataConfig) -> list[Part]:
                 f"data.sources[{number}]: fim_rate={source.fim_rate}, fim_spm_rate={source.fim_spm_rate} are shares\n"
                 "set them between 0 and 1"
             )
+        if source.fim_rate and source.format in FORMATS and FORMATS.get(source.format).tokens:
+            raise UserError(
+                f"data.sources[{number}].fim_rate={source.fim_rate}, but format={source.format} is no text to cut\n"
+                "set fim_rate=0, or name the text itself"
+            )
     if data.shard_tokens < 1 or (data.workers is not None and data.workers < 1):
         raise UserError("data.shard_tokens and data.workers must be at least 1\ncorrect them")
     parts = [
@@ -227,6 +232,12 @@ def _parts(data: DataConfig) -> list[Part]:
         for number, (source, name) in enumerate(zip(data.sources, text_names(data.sources), strict=True))
         for part in find_parts(replace(source, name=name), f"data.sources[{number}]")
     ]
+    for part in parts:
+        if tokenizer.path is None and FORMATS.get(part.format).tokens:
+            raise UserError(
+                f"{part.name}: token ids, and tokenizer.path does not say of which vocabulary\n"
+                "set tokenizer.path to the tokenizer.model or tokenizer.json that made them"
+            )
     if not parts:
         raise UserError("data.sources hold no text\nname sources that hold text")
     return parts

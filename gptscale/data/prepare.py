@@ -23,7 +23,7 @@ from gptscale.config.schema import DataConfig, FilterConfig, PrepareConfig, Sour
 from gptscale.data.corpus import read_manifest
 from gptscale.data.preparation import Preparation, Progress, ProgressEvent
 from gptscale.data.shards import MANIFEST, SPLITS, Manifest
-from gptscale.data.sources.store import is_remote
+from gptscale.data.store import is_remote
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import fsync_folder
 from gptscale.runtime.locks import FileLock
@@ -69,7 +69,12 @@ def corpus_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
 def _settings(source: SourceConfig) -> dict[str, object]:
     """What decides a source's text. A relative path means another text in another working directory."""
     settings = {key: value for key, value in asdict(source).items() if key not in ("name", "weight", "licence")}
-    for key in ("fim_rate", "fim_spm_rate"):  # a setting that came later must not rename what was prepared before
+    for key in (
+        "token_dtype",
+        "end_of_text",
+        "fim_rate",
+        "fim_spm_rate",
+    ):  # a setting that came later must not rename what was prepared before
         if settings[key] == getattr(SourceConfig, key):
             del settings[key]
     if source.path and source.format != "huggingface" and not is_remote(source.path):

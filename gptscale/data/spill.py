@@ -29,7 +29,7 @@ import xxhash
 from gptscale.config.schema import FilterConfig
 from gptscale.data.shards import SPLITS, Removed, Split, file_xxh3_128
 from gptscale.data.sources import Part
-from gptscale.data.sources.store import address, fingerprint, is_remote
+from gptscale.data.store import address, fingerprint, is_remote
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
 

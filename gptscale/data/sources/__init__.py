@@ -15,7 +15,8 @@ from gptscale.data.sources.jsonl import JSONL_SUFFIXES, find_jsonl, read_jsonl
 from gptscale.data.sources.parquet import find_parquet, read_parquet
 from gptscale.data.sources.part import Document, Format, Part
 from gptscale.data.sources.stdlib import find_stdlib
-from gptscale.data.sources.store import find_remote, is_remote
+from gptscale.data.sources.tokens import find_megatron, find_tokens, read_megatron, read_tokens
+from gptscale.data.store import find_remote, is_remote
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.registry import Registry
 
@@ -32,6 +33,8 @@ for _name, _known in {
     "huggingface": Format(find_huggingface, read_huggingface),
     "stdlib": Format(find_stdlib, read_files),
     "debian": Format(find_debian, read_jsonl),
+    "megatron": Format(find_megatron, read_megatron, tokens=True),
+    "tokens": Format(find_tokens, read_tokens, tokens=True),
 }.items():
     FORMATS.register(_name)(_known)
 

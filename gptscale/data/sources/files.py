@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gptscale.config.schema import SourceConfig
 from gptscale.data.sources.part import Document, Part, part_bytes
-from gptscale.data.sources.store import address, find_remote, input_bytes, is_remote, open_input
+from gptscale.data.store import address, find_remote, input_bytes, is_remote, open_input
 from gptscale.runtime.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md")

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 from gptscale.config.schema import SourceConfig
 from gptscale.data.sources.files import input_files
 from gptscale.data.sources.part import Document, Part, part_bytes
-from gptscale.data.sources.store import address, input_bytes, open_input
+from gptscale.data.store import address, input_bytes, open_input
 from gptscale.runtime.errors import UserError
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gptscale.config.schema import SourceConfig
 from gptscale.data.sources.files import input_files
 from gptscale.data.sources.part import Document, Part, part_bytes
-from gptscale.data.sources.store import address, input_bytes, open_input
+from gptscale.data.store import address, input_bytes, open_input
 from gptscale.runtime.errors import UserError
 
 _ROWS_AT_ONCE = 256

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
 
 from gptscale.config.schema import SourceConfig
 
@@ -14,6 +16,8 @@ class Document(NamedTuple):
 
     identity: str
     text: str
+    tokens: npt.NDArray[Any] | None = None
+    """Of a source of token ids, in place of text."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Format:
     find: Callable[[SourceConfig, str], tuple[Part, ...]]
     """Called with the source and the key that errors name, e.g. `data.sources[0]`."""
     read: Callable[[Part], Iterator[Document]]
+    tokens: bool = False
+    """Whether documents are token ids."""
 
 
 _SMALLEST_PART = 1 << 20

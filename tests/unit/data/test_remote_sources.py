@@ -13,7 +13,7 @@ from pyarrow import parquet
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from gptscale.data.prepare import corpus_folder, prepare
 from gptscale.data.sources import find_parts, read_part
-from gptscale.data.sources.store import fingerprint
+from gptscale.data.store import fingerprint
 from gptscale.runtime.errors import UserError
 from tests.helpers.text import contents, documents, write_jsonl
 
