@@ -157,7 +157,10 @@ def test_text_takes_txt_and_md_below_a_folder_byte_for_byte(tmp_path: Path) -> N
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfb\r\n")
     (tmp_path / "deep/a.md").write_text("a")
     (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
-    assert read(SourceConfig(path=str(tmp_path), format="text")) == [("b.txt", "\ufeffb\r\n"), ("deep/a.md", "a")]
+    assert read(SourceConfig(path=str(tmp_path), format="text")) == [
+        Document("b.txt", "\ufeffb\r\n"),
+        Document("deep/a.md", "a"),
+    ]
     assert texts(SourceConfig(path=str(tmp_path / "**/*.md"), format="text")) == ["a"]
     assert texts(SourceConfig(path=str(tmp_path / "b.txt"))) == ["\ufeffb\r\n"]
 
