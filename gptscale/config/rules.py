@@ -122,6 +122,8 @@ def _check_ranges(settings: TrainRoot) -> None:
     _at_least("train.global_batch", settings.train.global_batch, 1)
     _at_least("train.micro_batch", settings.train.micro_batch, 1)
     _at_least("data.sequence_length", settings.data.sequence_length, 1)
+    _at_least("data.block_sequences", settings.data.block_sequences, 1)
+    _at_least("data.window_blocks", settings.data.window_blocks, 1)
     _at_least("checkpoint.every_steps", settings.checkpoint.every_steps, 1)
     _at_least("checkpoint.keep", settings.checkpoint.keep, 2)
     _at_least("launch.ranks", settings.launch.ranks, 1)

@@ -130,6 +130,13 @@ class DataConfig:
     """Prepared shards. Unset: `sources` are prepared once, under `corpora_dir`."""
     corpora_dir: str = "corpora"
     sequence_length: int = 256
+    order: Literal["full", "block"] = "full"
+    """`full`: an epoch reads all samples of a corpus in an order of its own, any neighbours far apart. `block`: for
+    object stores, what lies together is read at nearly the same time."""
+    block_sequences: int = 256
+    """block only: neighbouring samples that stay together; blocks come in an order of their own each epoch."""
+    window_blocks: int = 16
+    """block only: blocks whose samples are mixed with one another. A cache has to hold the shards of two windows."""
     document_mask: bool = False
     """Tokens see only what is of their own document, in training and evaluation."""
     heldout_fraction: float = 0.02

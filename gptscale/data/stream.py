@@ -22,7 +22,7 @@ import xxhash
 from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
 from gptscale.data.corpus import Corpus, open_split
-from gptscale.data.order import ALGORITHM, Ints, Located, SampleOrder
+from gptscale.data.order import FULL, Ints, Located, SampleOrder, Shuffle
 from gptscale.data.rows import RowReader, document_starts
 from gptscale.flow import Batch
 from gptscale.runtime.errors import UserError
@@ -42,6 +42,7 @@ class TrainingStream:
         seed: int,
         verify: bool = False,
         document_mask: bool = False,
+        shuffle: Shuffle = FULL,
     ) -> None:
         """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError.
 
@@ -60,7 +61,7 @@ class TrainingStream:
         shares = tuple(corpus.weight / total_weight for corpus in corpora)
         self.shares = shares
         """Of the samples, each corpus's."""
-        order = SampleOrder(tuple(reader.count for reader in self._readers), shares, seed)
+        order = SampleOrder(tuple(reader.count for reader in self._readers), shares, seed, shuffle)
         self._window = lru_cache(maxsize=4)(lambda number: order.locate(np.arange(_WINDOW) + number * _WINDOW))
         self.sequence_length = sequence_length
         self.document_mask = document_mask
@@ -71,7 +72,7 @@ class TrainingStream:
         self.samples_per_epoch: int = sum(reader.count for reader in self._readers)
         """Samples of all corpora together; of one corpus, the positions after which it is read again in a new order."""
         self.identity: dict[str, Any] = {
-            "algorithm": ALGORITHM,
+            **shuffle.identity,
             "seed": seed,
             "sequence_length": sequence_length,
             "corpora": [

@@ -36,6 +36,8 @@ MAY_CHANGE = (
     "data.corpora_dir",
     "data.workers",
     "data.verify",
+    "data.block_sequences",
+    "data.window_blocks",
 )
 
 

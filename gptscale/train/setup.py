@@ -15,6 +15,7 @@ import torch
 from gptscale.checkpoint.trained import COMPUTE_TYPES
 from gptscale.config.rules import source_names
 from gptscale.config.schema import CorpusConfig, DataConfig, PrecisionConfig, TrainRoot
+from gptscale.data.block_order import shuffle_of
 from gptscale.data.heldout import HeldoutBatches, heldout_batches, heldout_sources
 from gptscale.data.prepare import corpus_folder
 from gptscale.data.stream import TrainingStream
@@ -106,8 +107,10 @@ class Corpora:
 def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
     """Open and check all prepared text. Raises UserError naming what is missing or damaged."""
     folders = corpus_configs(settings)
-    length = settings.data.sequence_length
-    stream = TrainingStream(folders, length, settings.run.seed, settings.data.verify, settings.data.document_mask)
+    data = settings.data
+    stream = TrainingStream(
+        folders, data.sequence_length, settings.run.seed, data.verify, data.document_mask, shuffle_of(data)
+    )
     heldout = tuple(open_heldout(settings, folders, stream, ranks))
     return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path))
 
