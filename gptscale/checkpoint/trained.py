@@ -57,7 +57,7 @@ def _load(path: Path, device: torch.device) -> Trained:
     model = GPT(
         build(ModelConfig, settings["model"], "model"),
         checkpoint.state["vocab_size"],
-        settings["data"]["sequence_length"],
+        _longest_trained_on(checkpoint),
         COMPUTE_TYPES[compute],
     )
     checkpoint.require_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
@@ -68,6 +68,14 @@ def _load(path: Path, device: torch.device) -> Trained:
         ]
     )
     return Trained(model.to(device).eval(), _tokenizer(checkpoint), checkpoint)
+
+
+def _longest_trained_on(checkpoint: Checkpoint) -> int:
+    """Tokens of the longest sequences that the model has seen. Stages that its run has yet to begin do not count."""
+    data, tokens = checkpoint.state["settings"]["data"], checkpoint.state["progress"]["tokens"]
+    begun = [stage for stage in data.get("stages", []) if stage["from_tokens"] < tokens]  # older ones have none
+    longest: int = max([data["sequence_length"], *(stage["sequence_length"] or 0 for stage in begun)])
+    return longest
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -90,6 +90,8 @@ class SampleOrder:
     shuffle: Shuffle = FULL
     numbers: tuple[int, ...] = ()
     earlier: tuple[int, ...] = ()
+    setting: str = "data.path"
+    """What the settings call these corpora."""
 
     def __post_init__(self) -> None:
         assert len(self.sizes) == len(self.weights) > 0
@@ -98,7 +100,7 @@ class SampleOrder:
         for number, drawn in enumerate(self._table.draws.tolist()):
             if drawn == 0:
                 raise UserError(
-                    f"data.path[{number}].weight={self.weights[number]} is too small a share to be drawn\n"
+                    f"{self.setting}[{number}].weight={self.weights[number]} is too small a share to be drawn\n"
                     f"give it a weight > 0 of at least 1/{PERIOD} of the sum of weights, or leave the corpus out"
                 )
 
