@@ -149,6 +149,9 @@ class DataConfig:
     """Prepared shards. Unset: `sources` are prepared once, under `corpora_dir`."""
     corpora_dir: str = "corpora"
     sequence_length: int = 256
+    mixture: Literal["exact", "stride"] = "exact"
+    """How corpora take turns. `exact`: at any time each has its share to within two samples. `stride`: for runs begun
+    before there was a choice; many corpora of equal weights, all due at once, lag behind by more."""
     order: Literal["full", "block"] = "full"
     """`full`: an epoch reads all samples of a corpus in an order of its own, any neighbours far apart. `block`: for
     object stores, what lies together is read at nearly the same time."""

@@ -3,8 +3,7 @@
 A position (0, 1, 2, … over the whole run) is mapped in two steps, both without any array that grows with the corpus:
 
 1. The *stride table* says which corpus the position draws from, and how many times that corpus was drawn before.
-   It repeats every 65,536 positions, and within them spreads every corpus as evenly as its weight allows
-   (the Sainte-Laguë order: the k-th draw of a corpus of weight w is due at time (k + ½) / w).
+   It repeats every 65,536 positions, and within them spreads every corpus as evenly as its weight allows (`mixture`).
 2. A corpus of N samples is read in another order each epoch: a *Feistel network* permutes the b bits of the draw's
    number, 2^b being the power of two next above N; results ≥ N are permuted again until they fall below N
    ("cycle-walking": Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
@@ -24,14 +23,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gptscale.data.mixture import PERIOD, Ints, MixtureTable, mixture_table
 from gptscale.runtime.errors import UserError
 
 ALGORITHM = "feistel6-splitmix64-stride65536-v1"
-PERIOD = 65_536
-"""Positions after which the stride table repeats."""
 ROUNDS = 6
 
-Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 
@@ -90,6 +87,8 @@ class SampleOrder:
     shuffle: Shuffle = FULL
     numbers: tuple[int, ...] = ()
     earlier: tuple[int, ...] = ()
+    exact: bool = True
+    """Of their mixture; see `mixture_table`."""
     setting: str = "data.path"
     """What the settings call these corpora."""
 
@@ -105,8 +104,8 @@ class SampleOrder:
                 )
 
     @cached_property
-    def _table(self) -> StrideTable:
-        return stride_table(self.weights)
+    def _table(self) -> MixtureTable:
+        return mixture_table(self.weights, self.exact)
 
     def locate(self, positions: Ints) -> Located:
         """Where each of `positions` [n] leads. Cheap for windows (85 ns a position), dear one at a time."""
@@ -128,32 +127,6 @@ class SampleOrder:
         period, slot = divmod(positions, PERIOD)
         begun = np.bincount(self._table.corpus[:slot], minlength=len(self.sizes))
         return tuple((period * self._table.draws + begun).tolist())
-
-
-@dataclass(frozen=True)
-class StrideTable:
-    """One period of the mixture: for each slot its corpus, and that corpus's earlier slots in the period."""
-
-    corpus: Ints
-    earlier: Ints
-    draws: Ints
-    """Slots each corpus has in the period, [corpora]."""
-
-
-def stride_table(weights: tuple[float, ...]) -> StrideTable:
-    """Spread corpora over `PERIOD` slots by weight; before any slot each has its share to within about one draw."""
-    total = sum(weights)
-    due, owner = [], []
-    for number, weight in enumerate(weights):
-        draws = np.arange(int(PERIOD * max(weight, 0.0) / total) + 2) if weight > 0 else np.arange(0)
-        due.append((draws + 0.5) / (weight / total if weight > 0 else 1.0))
-        owner.append(np.full(len(draws), number, dtype=np.int64))
-    corpus = np.concatenate(owner)[np.argsort(np.concatenate(due), kind="stable")][:PERIOD]
-    earlier = np.zeros(PERIOD, dtype=np.int64)
-    for number in range(len(weights)):
-        slots = np.flatnonzero(corpus == number)
-        earlier[slots] = np.arange(len(slots))
-    return StrideTable(corpus, earlier, np.bincount(corpus, minlength=len(weights)).astype(np.int64))
 
 
 def permute(numbers: Ints, size: int, keys: Words) -> Ints:

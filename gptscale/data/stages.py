@@ -57,6 +57,7 @@ class Mixture:
     """Position of its first sample."""
     tracks: tuple[Track, ...]
     weights: tuple[float, ...]
+    exact: bool = True
     setting: str = "data.path"
 
 
@@ -81,6 +82,7 @@ class StagedOrder:
                 shuffle,
                 numbers=tuple(self.numbers[track] for track in mixture.tracks),
                 earlier=tuple(drawn.get(track, 0) for track in mixture.tracks),
+                exact=mixture.exact,
                 setting=mixture.setting,
             )
             self._orders.append(order)

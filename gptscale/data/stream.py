@@ -22,6 +22,7 @@ import xxhash
 from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
 from gptscale.data.corpus import Corpus, open_split
+from gptscale.data.mixture import mixture_table
 from gptscale.data.order import FULL, Ints, Located, Shuffle
 from gptscale.data.rows import RowReader, document_starts
 from gptscale.data.stages import Mixture, StagedOrder, StageText, Track, with_copies
@@ -45,14 +46,15 @@ class TrainingStream:
         document_mask: bool = False,
         shuffle: Shuffle = FULL,
         stages: Sequence[StageText] = (),
+        exact: bool = True,
     ) -> None:
         """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError.
 
         With `document_mask` batches say where documents begin. What is read from the start on comes first, and then,
-        each from its own start on, what `stages` say.
+        each from its own start on, what `stages` say. `exact` is of mixtures: see `mixture_table`.
         """
         texts = [StageText(0, corpora, sequence_length, seed), *stages]
-        opened = _open(texts, verify)
+        opened = _open(texts, verify, exact)
         mixtures, first = opened.mixtures, opened.mixtures[0]
         order = StagedOrder(mixtures, shuffle)
         self._readers = {number: opened.readers[track] for track, number in order.numbers.items()}
@@ -120,7 +122,7 @@ class _Opened(NamedTuple):
     readers: dict[Track, RowReader]
 
 
-def _open(texts: Sequence[StageText], verify: bool) -> _Opened:
+def _open(texts: Sequence[StageText], verify: bool, exact: bool) -> _Opened:
     """The text of every stage, each folder opened once. Raises UserError."""
     paths = dict.fromkeys(corpus.path for text in texts for corpus in text.corpora)
     opened = {path: open_split(Path(path), "train", verify) for path in paths}
@@ -144,14 +146,16 @@ def _open(texts: Sequence[StageText], verify: bool) -> _Opened:
             found.readers.setdefault(track, reader)
         total_weight = sum(corpus.weight for corpus in text.corpora)
         shares = tuple(corpus.weight / total_weight for corpus in text.corpora)
-        found.mixtures.append(Mixture(text.start, tracks, shares, f"{text.setting}.path"))
+        found.mixtures.append(Mixture(text.start, tracks, shares, exact, f"{text.setting}.path"))
     return found
 
 
 def _identity(mixture: Mixture) -> dict[str, Any]:
     """What decides the samples of a stage, beside its start and the order's algorithm."""
     corpora = zip(mixture.tracks, mixture.weights, strict=True)
+    algorithm = mixture_table(mixture.weights, mixture.exact).algorithm
     return {
+        **({} if algorithm is None else {"mixture": algorithm}),
         "seed": mixture.tracks[0].seed,
         "sequence_length": mixture.tracks[0].sequence_length,
         "corpora": [{"manifest": track.corpus, "share": share} for track, share in corpora],

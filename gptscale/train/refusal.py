@@ -59,6 +59,8 @@ def set_back(run_dir: str, keys: Sequence[str], tokens: int) -> str:
     more = ""
     if "tokenizer" in keys:
         more = f" (text for it is prepared with tokenizer.path={run_dir}/tokenizer.model)"
+    elif any(key.startswith("data identity") and key.endswith("mixture") for key in keys):
+        more = " (data.mixture=stride is the order of runs that began before there was a choice)"
     elif any(key.startswith("data identity.stages") for key in keys):
         more = f" (stages that it has begun stay as they were; later ones have from_tokens={tokens} or more)"
     return f"set them back to go on with this run{more}, or choose another run.name to start a new one"

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     # Where the data lies and how it is read; what it is, is compared by its identity.
     "data.path",
     "data.stages",
+    "data.mixture",
     "data.corpora_dir",
     "data.workers",
     "data.verify",

@@ -120,6 +120,7 @@ def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
         data.document_mask,
         shuffle_of(data),
         stage_texts(settings, folders),
+        exact=data.mixture == "exact",
     )
     heldout = tuple(open_heldout(settings, folders, stream, ranks))
     return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path))

@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptscale.data import order
-from gptscale.data.order import PERIOD, ROUNDS, SampleOrder, permute, round_keys, stride_table
+from gptscale.data.mixture import PERIOD, stride_table
+from gptscale.data.order import ROUNDS, SampleOrder, permute, round_keys
 from gptscale.runtime.errors import UserError
 
 GOLDEN_1000 = [491, 468, 294, 415, 716, 121, 506, 795]
