@@ -184,6 +184,17 @@ def sample_hash(positions: Ints, rows_NT: npt.NDArray[Any]) -> int:
     return sum(xxhash.xxh3_64_intdigest(one.data) for one in packed) % (1 << 64)
 
 
+def microbatch_positions(plan: StepPlan, split: BatchSplit, data_rank: int, start: int) -> list[Ints]:
+    """Which positions a data rank feeds into the step that begins at position `start`, by micro-batches, in order.
+
+    `split` is how the run's full batch is cut. All ranks together feed the next `plan.batch(start)` positions.
+    """
+    now = plan.split(start, split)
+    rows = now.rows(data_rank)
+    positions = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
+    return [positions[first : first + now.micro_batch] for first in range(0, len(positions), now.micro_batch)]
+
+
 @dataclass(frozen=True)
 class StepData:
     """What one data rank feeds into one optimizer step."""
@@ -253,12 +264,12 @@ class StepFeed(Iterator[StepData]):
             self._ready.put(error)
 
     def _step(self, start: int) -> tuple[int, list[Batch], int]:
-        split = self._plan.split(start, self._split)
-        rows = split.rows(self._data_rank)
-        positions = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
+        groups = microbatch_positions(self._plan, self._split, self._data_rank, start)
+        positions = np.concatenate(groups)
         rows_NT = self._stream.rows(positions)
-        size, length = split.micro_batch, self._plan.length(start)
-        microbatches = [self._batch(rows_NT[first : first + size], length) for first in range(0, len(rows_NT), size)]
+        cuts = np.cumsum([len(group) for group in groups])[:-1]
+        length = self._plan.length(start)
+        microbatches = [self._batch(rows_BT, length) for rows_BT in np.split(rows_NT, cuts)]
         return start, microbatches, sample_hash(positions, rows_NT)
 
     def _batch(self, rows_BT: npt.NDArray[Any], length: int) -> Batch:
