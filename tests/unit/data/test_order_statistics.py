@@ -3,10 +3,10 @@
 Every statistic is standardised by its mean and deviation over true permutations, which are known in closed form, and
 has to lie within 5 deviations. A true permutation is beyond that once in 1.7 million correlations (normal), in 185,000
 tables of pairs (chi-square, 225 degrees of freedom) and in 2,200 tables of gaps (9 degrees). Of the thousands of
-correlations, hundreds of tables of pairs and three of gaps here some would be beyond it for one choice of seeds in about
-a hundred, and the seeds are fixed. Too small a value is as bad as too large a one: a lattice is more even than chance.
-`shuffled` is numpy's own permutation, which has to pass what the orders have to pass, and `lattice` a bijection that
-mixes nothing, which must not.
+correlations, hundreds of tables of pairs and three of gaps here some would be beyond it for about one choice of seeds
+in a hundred, and the seeds are fixed. Too small a value is as bad as too large a one: a lattice is more even than
+chance. `shuffled` is numpy's own permutation, which has to pass what the orders have to pass, and `lattice` a bijection
+that mixes nothing, which must not.
 """
 
 from __future__ import annotations
