@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gptscale.data.mixture import PERIOD, Ints, MixtureTable, mixture_table
+from gptscale.data.mixture import PERIOD, MixtureTable, mixture_table
+from gptscale.data.mixture import Ints as Ints  # where those who ask for an order look for it
 from gptscale.runtime.errors import UserError
 
 ALGORITHM = "feistel6-splitmix64-stride65536-v1"

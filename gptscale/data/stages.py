@@ -94,8 +94,11 @@ class StagedOrder:
         """Where each of `positions` [n] leads."""
         positions = np.asarray(positions, dtype=np.int64)
         stage = np.searchsorted(self._starts, positions, side="right") - 1
+        numbers = np.unique(stage).tolist()
+        if len(numbers) == 1:  # nearly always
+            return self._orders[numbers[0]].locate(positions - self._starts[numbers[0]])
         found = Located(*(np.empty_like(positions) for _ in range(3)))
-        for number in np.unique(stage).tolist():
+        for number in numbers:
             here = stage == number
             located = self._orders[number].locate(positions[here] - self._starts[number])
             found.corpus[here], found.epoch[here] = located.corpus, located.epoch

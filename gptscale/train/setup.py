@@ -98,6 +98,7 @@ class Corpora:
     heldout: tuple[HeldoutSet, ...]
     """Of these folders, in their order, and then those that `evaluation.sets` names."""
     tokenizer: Tokenizer
+    stages: tuple[StageText, ...] = ()
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -111,7 +112,7 @@ class Corpora:
 def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
     """Open and check all prepared text. Raises UserError naming what is missing or damaged."""
     folders = corpus_configs(settings)
-    data = settings.data
+    data, stages = settings.data, stage_texts(settings, folders)
     stream = TrainingStream(
         folders,
         data.sequence_length,
@@ -119,11 +120,11 @@ def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
         data.verify,
         data.document_mask,
         shuffle_of(data),
-        stage_texts(settings, folders),
+        stages,
         exact=data.mixture == "exact",
     )
     heldout = tuple(open_heldout(settings, folders, stream, ranks))
-    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path))
+    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), stages)
 
 
 def stage_texts(settings: TrainRoot, folders: tuple[CorpusConfig, ...]) -> tuple[StageText, ...]:

@@ -6,7 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from gptscale.checkpoint.folder import list_checkpoints
+from gptscale.checkpoint.trained import load_trained
 from gptscale.cli.main import main
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from gptscale.data.prepare import prepare
@@ -50,6 +53,12 @@ def test_any_layout_goes_on_from_any_other_in_the_middle_of_epochs_and_stages(
     run_training([*staged_run(corpus, books, tmp_path / "whole"), *PLAIN], 1, tmp_path)
     expected = [line for line in read_metrics(tmp_path / "whole") if "train/loss" in line]
     assert [line["tokens"] for line in expected] == [STEP_TOKENS * step for step in range(1, 13)]
+    # What a model is used with is the longest that it has seen: the last stage begins with step 9.
+    lengths = {
+        saved.name: load_trained(saved, torch.device("cpu"), pytest.fail).model.sequence_length
+        for saved in list_checkpoints(tmp_path / "whole" / "checkpoints")
+    }
+    assert lengths == {"step-00000004": 32, "step-00000008": 32, "step-00000012": 64}
     moving = [*staged_run(corpus, books, tmp_path / "moving"), "schedule.total_steps=12"]
     for steps, engine, stage, count, micro_batch in (
         (2, "deepspeed", 1, 4, 2),
@@ -100,10 +109,15 @@ def test_a_stage_is_added_until_the_run_has_begun_it(
     assert "data identity.stages[0].start: 32 → 24" in moved
     more = typed[1].removesuffix("]") + f", {{name: back, from_tokens: {8 * STEP_TOKENS}, path: {corpus}}}]"
     run_training([*without, typed[0], more], 1, tmp_path)
-    # The first text goes on where the stage before left it: its next rows are those of the run without stages.
     assert exact_part(read_metrics(tmp_path / "run"))[: len(after)] == after
     assert main(["inspect", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"data: 100.0 % {corpus}, " in told
+    assert f"stage stage-1: 100.0 % {books}, in sequences of 32, after step 4" in told
+    assert f"stage back: 100.0 % {corpus}, in sequences of 32, after step 8" in told
+    assert "Stage back: 100.0 % " in (tmp_path / "run" / "report.html").read_text()
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert "step 9: stage back has begun" in log
 
 
 @pytest.mark.parametrize(
