@@ -29,12 +29,12 @@ def run(arguments: Sequence[str]) -> int:
     settings = compose("train", TrainRoot, arguments).settings
     check_run(settings, settings.launch.ranks)
     check_local_launch(settings)
+    check_prepared(settings.data)
     if settings.data.path is None:
         from gptscale.cli.progress import prepare_progress
         from gptscale.data.prepare import ensure_prepared
 
         ensure_prepared(settings.data, settings.tokenizer, prepare_progress())
-    check_prepared(settings.data)
     check_heldout(settings.evaluation)
     assert settings.run.dir is not None
     return launch_local(

@@ -93,17 +93,23 @@ class StagedOrder:
     def locate(self, positions: Ints) -> Located:
         """Where each of `positions` [n] leads."""
         positions = np.asarray(positions, dtype=np.int64)
-        stage = np.searchsorted(self._starts, positions, side="right") - 1
-        numbers = np.unique(stage).tolist()
-        if len(numbers) == 1:  # nearly always
-            return self._orders[numbers[0]].locate(positions - self._starts[numbers[0]])
+        if len(positions):
+            first, last = self._stage(np.array([positions.min(), positions.max()])).tolist()
+        else:
+            first = last = 0
+        if first == last:  # nearly always
+            return self._orders[first].locate(positions - self._starts[first])
+        stage = self._stage(positions)
         found = Located(*(np.empty_like(positions) for _ in range(3)))
-        for number in numbers:
+        for number in np.unique(stage).tolist():
             here = stage == number
             located = self._orders[number].locate(positions[here] - self._starts[number])
             found.corpus[here], found.epoch[here] = located.corpus, located.epoch
             found.sample[here] = located.sample
         return found
+
+    def _stage(self, positions: Ints) -> Ints:
+        return np.searchsorted(self._starts, positions, side="right") - 1
 
 
 def with_copies(tracks: Sequence[Track]) -> tuple[Track, ...]:
