@@ -93,10 +93,9 @@ class StagedOrder:
     def locate(self, positions: Ints) -> Located:
         """Where each of `positions` [n] leads."""
         positions = np.asarray(positions, dtype=np.int64)
+        first, last = 0, 0
         if len(positions):
-            first, last = self._stage(np.array([positions.min(), positions.max()])).tolist()
-        else:
-            first = last = 0
+            first, last = map(int, self._stage(np.array([positions.min(), positions.max()])))
         if first == last:  # nearly always
             return self._orders[first].locate(positions - self._starts[first])
         stage = self._stage(positions)
