@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def _load(path: Path, device: torch.device) -> Trained:
     model = GPT(
         build(ModelConfig, settings["model"], "model"),
         checkpoint.state["vocab_size"],
-        settings["data"]["sequence_length"],
+        _longest_trained_on(checkpoint.state),
         COMPUTE_TYPES[compute],
     )
     checkpoint.require_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
@@ -68,6 +69,14 @@ def _load(path: Path, device: torch.device) -> Trained:
         ]
     )
     return Trained(model.to(device).eval(), _tokenizer(checkpoint), checkpoint)
+
+
+def _longest_trained_on(state: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequences that the model has seen. Stages that its run has yet to begin do not count."""
+    samples, stages = state["progress"]["position"]["samples"], state["data"].get("stages", [])
+    begun = [stage["sequence_length"] for stage in stages if stage["start"] < samples]
+    longest: int = max([state["settings"]["data"]["sequence_length"], *begun])
+    return longest
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -8,6 +8,7 @@ from pathlib import Path
 from gptscale.config.compose import compose
 from gptscale.config.rules import check_local_launch
 from gptscale.config.schema import DataConfig, EvaluationConfig, LaunchConfig, TrainRoot
+from gptscale.config.stages import as_corpora, stage_folders
 from gptscale.launcher.local import launch_local
 from gptscale.runtime.hardware import usable_cores
 from gptscale.train.check import check_run
@@ -28,13 +29,12 @@ def run(arguments: Sequence[str]) -> int:
     settings = compose("train", TrainRoot, arguments).settings
     check_run(settings, settings.launch.ranks)
     check_local_launch(settings)
+    check_prepared(settings.data)
     if settings.data.path is None:
         from gptscale.cli.progress import prepare_progress
         from gptscale.data.prepare import ensure_prepared
 
         ensure_prepared(settings.data, settings.tokenizer, prepare_progress())
-    else:
-        check_prepared(settings.data)
     check_heldout(settings.evaluation)
     assert settings.run.dir is not None
     return launch_local(
@@ -52,13 +52,14 @@ def threads_per_rank(launch: LaunchConfig) -> int:
 
 
 def check_prepared(data: DataConfig) -> None:
-    """Refuse a `data.path` that ranks could not train on, before any is started or a run folder made."""
+    """Refuse prepared text that ranks could not train on, before any is started or a run folder made."""
     from gptscale.data.corpus import open_split
 
-    assert data.path is not None
-    for folder in [data.path] if isinstance(data.path, str) else [corpus.path for corpus in data.path]:
+    for corpus in () if data.path is None else as_corpora(data.path):
+        open_split(Path(corpus.path), "train")
+        open_split(Path(corpus.path), "heldout")
+    for folder in stage_folders(data):
         open_split(Path(folder), "train")
-        open_split(Path(folder), "heldout")
 
 
 def check_heldout(evaluation: EvaluationConfig) -> None:

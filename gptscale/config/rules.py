@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
 from gptscale.config.schema import MIN_LOSS_SCALE, DataConfig, ModelConfig, ProfileConfig, SourceConfig, TrainRoot
+from gptscale.config.stages import check_stages
+from gptscale.config.step_plan import step_plan
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit, Topology, split_batch
 
@@ -35,6 +37,7 @@ def check(settings: TrainRoot, world_size: int) -> BatchSplit:
     except ValueError as error:
         raise UserError(str(error)) from error
     _check_ramps(settings, topology.data)
+    check_stages(settings, split)
     _check_noise_scale(settings, split)
     return split
 
@@ -122,6 +125,8 @@ def _check_ranges(settings: TrainRoot) -> None:
     _at_least("train.global_batch", settings.train.global_batch, 1)
     _at_least("train.micro_batch", settings.train.micro_batch, 1)
     _at_least("data.sequence_length", settings.data.sequence_length, 1)
+    _at_least("data.block_sequences", settings.data.block_sequences, 1)
+    _at_least("data.window_blocks", settings.data.window_blocks, 1)
     _at_least("checkpoint.every_steps", settings.checkpoint.every_steps, 1)
     _at_least("checkpoint.keep", settings.checkpoint.keep, 2)
     _at_least("launch.ranks", settings.launch.ranks, 1)
@@ -263,13 +268,20 @@ def _check_noise_scale(settings: TrainRoot, split: BatchSplit) -> None:
     """It compares micro-batches with the whole batch: the smallest batch has to have two."""
     train = settings.train
     _at_least("train.noise_scale_every_steps", train.noise_scale_every_steps, 0)
-    smallest = split.of(train.ramp_from or train.global_batch)
-    if train.noise_scale_every_steps and smallest.data * smallest.accumulation < 2:
-        key = "train.ramp_from" if train.ramp_from else "train.global_batch"
-        raise UserError(
-            f"train.noise_scale_every_steps needs two micro-batches a step: {key}={smallest.global_batch} is one\n"
-            "use a smaller train.micro_batch, or train.noise_scale_every_steps=0"
-        )
+    if not train.noise_scale_every_steps:
+        return
+    plan = step_plan(settings)
+    starts = {"train.ramp_from" if train.ramp_from else "train.global_batch": 0}
+    starts |= {
+        f"stage {stage.name}": start.samples for stage, start in zip(settings.data.stages, plan.stages, strict=True)
+    }
+    for what, start in starts.items():
+        smallest = plan.split(start, split)
+        if smallest.data * smallest.accumulation < 2:
+            raise UserError(
+                f"train.noise_scale_every_steps needs two micro-batches a step: {what}={smallest.global_batch} is one\n"
+                "use a smaller train.micro_batch, or train.noise_scale_every_steps=0"
+            )
 
 
 def _check_engine(settings: TrainRoot, world_size: int) -> None:

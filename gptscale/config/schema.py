@@ -147,12 +147,43 @@ class FilterConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """From a number of tokens on, training goes on with other data; what is not set stays as it was before.
+
+    A corpus goes on where earlier stages left it. With another sequence length, or another seed, it begins anew.
+    """
+
+    name: str
+    from_tokens: int
+    """It begins with the first step that has at least so many tokens before it. Text, lengths and seeds before that
+    stay as they are: a stage may be added or changed until a run has begun it."""
+    path: str | tuple[CorpusConfig, ...] | None = None
+    """Prepared shards, as `data.path`."""
+    sequence_length: int | None = None
+    """A step has as many tokens as ever: half as many sequences of twice the length, and micro-batches likewise."""
+    seed: int | None = None
+    """Of the order of samples. Before any stage: `run.seed`."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     path: str | tuple[CorpusConfig, ...] | None = None
     """Prepared shards. Unset: `sources` are prepared once, under `corpora_dir`."""
     corpora_dir: str = "corpora"
     sequence_length: int = 256
+    mixture: Literal["exact", "stride"] = "exact"
+    """How corpora take turns. `exact`: at any time each has its share to within two samples. `stride`: for runs begun
+    before there was a choice; many corpora of equal weights, all due at once, lag behind by more."""
+    order: Literal["full", "block"] = "full"
+    """`full`: an epoch reads all samples of a corpus in an order of its own, any neighbours far apart. `block`: for
+    object stores, what lies together is read at nearly the same time."""
+    block_sequences: int = 256
+    """block only: neighbouring samples that stay together; blocks come in an order of their own each epoch."""
+    window_blocks: int = 16
+    """block only: blocks whose samples are mixed with one another. A cache has to hold the shards of two windows."""
+    stages: tuple[StageConfig, ...] = ()
+    """Another mixture, text or sequence length from a number of tokens on, e.g. for annealing or longer contexts."""
     document_mask: bool = False
     """Tokens see only what is of their own document, in training and evaluation."""
     heldout_fraction: float = 0.02

@@ -8,11 +8,11 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,10 @@ import xxhash
 from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
 from gptscale.data.corpus import Corpus, open_split
-from gptscale.data.order import ALGORITHM, Ints, Located, SampleOrder
+from gptscale.data.mixture import mixture_table
+from gptscale.data.order import FULL, Ints, Located, Shuffle
 from gptscale.data.rows import RowReader, document_starts
+from gptscale.data.stages import Mixture, StagedOrder, StageText, Track, with_copies
 from gptscale.flow import Batch
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
@@ -42,52 +44,54 @@ class TrainingStream:
         seed: int,
         verify: bool = False,
         document_mask: bool = False,
+        shuffle: Shuffle = FULL,
+        stages: Sequence[StageText] = (),
+        exact: bool = True,
     ) -> None:
         """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError.
 
-        With `document_mask` batches say where documents begin.
+        With `document_mask` batches say where documents begin. What is read from the start on comes first, and then,
+        each from its own start on, what `stages` say. `exact` is of mixtures: see `mixture_table`.
         """
-        opened = [open_split(Path(corpus.path), "train", verify) for corpus in corpora]
-        _refuse_mixed_tokenizers(opened)
-        self._readers = [RowReader(corpus, sequence_length) for corpus in opened]
-        for corpus, reader in zip(opened, self._readers, strict=True):
-            if reader.count == 0:
-                raise UserError(
-                    f"{corpus.folder}: no shard holds one sample of data.sequence_length={sequence_length} tokens\n"
-                    "set a shorter data.sequence_length, or prepare more text"
-                )
-        total_weight = sum(corpus.weight for corpus in corpora)
-        shares = tuple(corpus.weight / total_weight for corpus in corpora)
-        self.shares = shares
-        """Of the samples, each corpus's."""
-        order = SampleOrder(tuple(reader.count for reader in self._readers), shares, seed)
+        texts = [StageText(0, corpora, sequence_length, seed), *stages]
+        opened = _open(texts, verify, exact)
+        mixtures, first = opened.mixtures, opened.mixtures[0]
+        order = StagedOrder(mixtures, shuffle)
+        self._readers = {number: opened.readers[track] for track, number in order.numbers.items()}
+        self._lengths = {number: track.sequence_length for track, number in order.numbers.items()}
         self._window = lru_cache(maxsize=4)(lambda number: order.locate(np.arange(_WINDOW) + number * _WINDOW))
+        self.shares = first.weights
+        """Of the samples before any stage, each corpus's."""
         self.sequence_length = sequence_length
+        """Of samples before any stage."""
         self.document_mask = document_mask
-        self.vocab_size: int = opened[0].manifest.vocab_size
-        self.end_of_text: int = opened[0].manifest.end_of_text
-        self.tokenizer_path: Path = opened[0].tokenizer_path
-        self.tokenizer_sha256: str = opened[0].manifest.tokenizer_sha256
-        self.samples_per_epoch: int = sum(reader.count for reader in self._readers)
+        corpus = self._readers[0].corpus
+        self.vocab_size: int = corpus.manifest.vocab_size
+        self.end_of_text: int = corpus.manifest.end_of_text
+        self.tokenizer_path: Path = corpus.tokenizer_path
+        self.tokenizer_sha256: str = corpus.manifest.tokenizer_sha256
+        self.samples_per_epoch: int = sum(track.size for track in first.tracks)
         """Samples of all corpora together; of one corpus, the positions after which it is read again in a new order."""
-        self.identity: dict[str, Any] = {
-            "algorithm": ALGORITHM,
-            "seed": seed,
-            "sequence_length": sequence_length,
-            "corpora": [
-                {"manifest": corpus.manifest.identity, "share": share}
-                for corpus, share in zip(opened, shares, strict=True)
-            ],
-        }
-        """All that decides which tokens a position gives: runs with equal identities see equal samples. JSON."""
+        self.identity: dict[str, Any] = shuffle.identity | _identity(first)
+        """All that decides which tokens a position gives: runs with equal identities see equal samples. JSON.
+
+        `stages` is there only where there are any; up to a stage's `start` it may differ in that stage."""
+        if stages:
+            self.identity["stages"] = [{"start": mixture.start} | _identity(mixture) for mixture in mixtures[1:]]
 
     def rows(self, positions: Ints) -> npt.NDArray[Any]:
-        """Token ids of the samples at `positions` [N]: [N, T+1], uint16 or uint32 as stored."""
+        """Token ids of the samples at `positions` [N]: [N, T+1], uint16 or uint32 as stored.
+
+        All of one length: `positions` are not of stages that differ in it.
+        """
         located = self._located(positions)
         if len(self._readers) == 1:
             return self._readers[0].read(located.sample)[0]
-        out_NT = np.empty((len(positions), self.sequence_length + 1), dtype=self._readers[0].corpus.manifest.dtype)
-        for number in np.unique(located.corpus).tolist():
+        numbers = np.unique(located.corpus).tolist()
+        lengths = {self._lengths[number] for number in numbers} or {self.sequence_length}
+        assert len(lengths) == 1, f"rows of {sorted(lengths)} tokens at once"
+        out_NT = np.empty((len(positions), lengths.pop() + 1), dtype=self._readers[0].corpus.manifest.dtype)
+        for number in numbers:
             of_corpus = located.corpus == number
             out_NT[of_corpus] = self._readers[number].read(located.sample[of_corpus])[0]
         return out_NT
@@ -97,7 +101,7 @@ class TrainingStream:
         return torch.from_numpy(document_starts(inputs_BT, self.end_of_text)) if self.document_mask else None
 
     def close(self) -> None:
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.close()
 
     def _located(self, positions: Ints) -> Located:
@@ -113,12 +117,57 @@ class TrainingStream:
         ).take(which * _WINDOW + positions % _WINDOW)
 
 
+class _Opened(NamedTuple):
+    mixtures: list[Mixture]
+    readers: dict[Track, RowReader]
+
+
+def _open(texts: Sequence[StageText], verify: bool, exact: bool) -> _Opened:
+    """The text of every stage, each folder opened once. Raises UserError."""
+    paths = dict.fromkeys(corpus.path for text in texts for corpus in text.corpora)
+    opened = {path: open_split(Path(path), "train", verify) for path in paths}
+    _refuse_mixed_tokenizers(list(opened.values()))
+    found = _Opened([], {})
+    for text in texts:
+        readers = [RowReader(opened[corpus.path], text.sequence_length) for corpus in text.corpora]
+        for reader in readers:
+            if reader.count == 0:
+                raise UserError(
+                    f"{reader.corpus.folder}: no shard holds one sample of {text.setting}.sequence_length="
+                    f"{text.sequence_length} tokens\nset a shorter one, or prepare more text"
+                )
+        tracks = with_copies(
+            [
+                Track(reader.corpus.manifest.identity, text.sequence_length, text.seed, reader.count)
+                for reader in readers
+            ]
+        )
+        for track, reader in zip(tracks, readers, strict=True):
+            found.readers.setdefault(track, reader)
+        total_weight = sum(corpus.weight for corpus in text.corpora)
+        shares = tuple(corpus.weight / total_weight for corpus in text.corpora)
+        found.mixtures.append(Mixture(text.start, tracks, shares, exact, f"{text.setting}.path"))
+    return found
+
+
+def _identity(mixture: Mixture) -> dict[str, Any]:
+    """What decides the samples of a stage, beside its start and the order's algorithm."""
+    corpora = zip(mixture.tracks, mixture.weights, strict=True)
+    algorithm = mixture_table(mixture.weights, mixture.exact).algorithm
+    return {
+        **({} if algorithm is None else {"mixture": algorithm}),
+        "seed": mixture.tracks[0].seed,
+        "sequence_length": mixture.tracks[0].sequence_length,
+        "corpora": [{"manifest": track.corpus, "share": share} for track, share in corpora],
+    }
+
+
 def _refuse_mixed_tokenizers(opened: list[Corpus]) -> None:
     first = opened[0]
     for corpus in opened[1:]:
         if corpus.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
             raise UserError(
-                f"data.path: {corpus.folder} and {first.folder} were prepared with different tokenizers\n"
+                f"data: {corpus.folder} and {first.folder} were prepared with different tokenizers\n"
                 f"prepare both with tokenizer.path={first.tokenizer_path}"
             )
 
@@ -133,6 +182,17 @@ def sample_hash(positions: Ints, rows_NT: npt.NDArray[Any]) -> int:
     packed[:, :8] = positions.astype("<u8")[:, None].view(np.uint8)
     packed[:, 8:] = np.ascontiguousarray(rows_NT, dtype="<u4").view(np.uint8)
     return sum(xxhash.xxh3_64_intdigest(one.data) for one in packed) % (1 << 64)
+
+
+def microbatch_positions(plan: StepPlan, split: BatchSplit, data_rank: int, start: int) -> list[Ints]:
+    """Which positions a data rank feeds into the step that begins at position `start`, by micro-batches, in order.
+
+    `split` is how the run's full batch is cut. All ranks together feed the next `plan.batch(start)` positions.
+    """
+    now = plan.split(start, split)
+    rows = now.rows(data_rank)
+    positions = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
+    return [positions[first : first + now.micro_batch] for first in range(0, len(positions), now.micro_batch)]
 
 
 @dataclass(frozen=True)
@@ -151,7 +211,7 @@ class StepData:
 class StepFeed(Iterator[StepData]):
     """Steps without end from position `start`, made ready by one thread a few steps ahead.
 
-    A step takes the next positions, as many as `plan` says, and this rank `split.of(…).rows(data_rank)` of them. An
+    A step takes the next positions, as many as `plan` says, and this rank `plan.split(…).rows(data_rank)` of them. An
     error in the thread is raised by `next`. Close it, or use it as a context.
     """
 
@@ -204,12 +264,12 @@ class StepFeed(Iterator[StepData]):
             self._ready.put(error)
 
     def _step(self, start: int) -> tuple[int, list[Batch], int]:
-        split = self._split.of(self._plan.batch(start))
-        rows = split.rows(self._data_rank)
-        positions = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
+        groups = microbatch_positions(self._plan, self._split, self._data_rank, start)
+        positions = np.concatenate(groups)
         rows_NT = self._stream.rows(positions)
-        size, length = split.micro_batch, self._plan.length(start)
-        microbatches = [self._batch(rows_NT[first : first + size], length) for first in range(0, len(rows_NT), size)]
+        cuts = np.cumsum([len(group) for group in groups])[:-1]
+        length = self._plan.length(start)
+        microbatches = [self._batch(rows_BT, length) for rows_BT in np.split(rows_NT, cuts)]
         return start, microbatches, sample_hash(positions, rows_NT)
 
     def _batch(self, rows_BT: npt.NDArray[Any], length: int) -> Batch:

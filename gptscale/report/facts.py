@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptscale.data.shards import PartRecord
+from gptscale.report.units import count, percent
 from gptscale.runtime.files import write_bytes_atomically
 
 FACTS = "facts.json"
@@ -36,6 +37,25 @@ class DataCard:
     parts: tuple[PartRecord, ...]
     """Of the training split, the largest first."""
     parts_left_out: int = 0
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """Data that a run goes on with from a step on."""
+
+    name: str
+    after_step: int
+    tokens: int
+    """Used before it."""
+    sequence_length: int
+    shares: tuple[tuple[str, float], ...]
+    """Folders, and their shares of the samples."""
+
+    @property
+    def described(self) -> str:
+        """In one line."""
+        mixture = ", ".join(f"{percent(share)} {path}" for path, share in self.shares)
+        return f"{mixture}, in sequences of {count(self.sequence_length)}, after step {count(self.after_step)}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +94,13 @@ class Facts:
     sessions_left_out: int = 0
     bigram_loss: float | None = None
     """Held-out loss of a bigram model fitted to the same tokens, nats a token, where the run was asked for it."""
+    stages: tuple[StageFacts, ...] = ()
+    """In order; `data` is what comes before them."""
     format_version: int = FORMAT_VERSION
+
+    def tokens_before_stages(self, tokens: int) -> int:
+        """Of a run's first `tokens` tokens, those of `data`."""
+        return min([tokens, *(stage.tokens for stage in self.stages)])
 
     def write(self, folder: Path) -> None:
         """Raises OSError."""
@@ -96,6 +122,10 @@ def read_facts(folder: Path) -> Facts | None:
         values["data"] = tuple(
             DataCard(**{**card, "parts": tuple(PartRecord(**part) for part in card["parts"])})
             for card in values["data"]
+        )
+        values["stages"] = tuple(
+            StageFacts(**{**stage, "shares": tuple((path, share) for path, share in stage["shares"])})
+            for stage in values.get("stages", ())  # runs of older versions know of none
         )
         values["sessions"] = tuple(SessionFacts(**session) for session in values["sessions"])
         return Facts(**values)

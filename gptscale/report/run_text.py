@@ -130,12 +130,15 @@ def _time(run: RunRecord, width: int) -> list[str]:
 
 
 def _data(run: RunRecord) -> list[str]:
-    cards = run.facts.data if run.facts else ()
-    return [
+    if run.facts is None:
+        return []
+    tokens = run.facts.tokens_before_stages(run.tokens)
+    cards = [
         f"  data: {percent(card.share)} {card.path}, {short(card.tokens)} tokens, "
-        f"{run.tokens * card.share / max(1, card.tokens):.2f} epochs used"
-        for card in cards
+        f"{tokens * card.share / max(1, card.tokens):.2f} epochs used"
+        for card in run.facts.data
     ]
+    return cards + [f"  stage {stage.name}: {stage.described}" for stage in run.facts.stages]
 
 
 def _sample(run: RunRecord, width: int) -> list[str]:

@@ -106,11 +106,11 @@ def samples(run: RunRecord) -> str:
 def data(run: RunRecord) -> str:
     if run.facts is None or not run.facts.data:
         return ""
-    cards = run.facts.data
+    cards, tokens = run.facts.data, run.facts.tokens_before_stages(run.tokens)
     rows = []
     for card in cards:
-        epochs = f"{run.tokens * card.share / card.tokens:.2f}" if card.tokens else "–"
-        used = f"{short(run.tokens * card.share)} ({epochs} epochs)"
+        epochs = f"{tokens * card.share / card.tokens:.2f}" if card.tokens else "–"
+        used = f"{short(tokens * card.share)} ({epochs} epochs)"
         heldout_part = f"{short(card.heldout_tokens)} in {count(card.heldout_documents)} documents"
         figures = (percent(card.share), short(card.tokens), count(card.documents), size(card.text_bytes))
         rows.append([card.path, *figures, used, heldout_part])
@@ -118,7 +118,9 @@ def data(run: RunRecord) -> str:
     vocabularies = sorted({card.vocab_size for card in cards})
     words = " and ".join(count(size_) for size_ in vocabularies)
     text = table("Prepared text, without what is held out", heads, rows, numbers=(1, 2, 3, 4))
-    return f"{text}<p class='note'>Vocabulary: {words} pieces.</p>" + "".join(_parts(card) for card in cards)
+    notes = [f"Vocabulary: {words} pieces.", *(f"Stage {one.name}: {one.described}." for one in run.facts.stages)]
+    text += "".join(f"<p class='note'>{escape(note)}</p>" for note in notes)
+    return text + "".join(_parts(card) for card in cards)
 
 
 def environment(run: RunRecord) -> str:

@@ -6,6 +6,7 @@ import platform
 import shlex
 import socket
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 
 from gptscale import __version__
 from gptscale.config.schema import TrainRoot
-from gptscale.config.step_plan import run_steps
+from gptscale.config.step_plan import run_steps, step_plan
 from gptscale.parallel.ranks import Ranks
 from gptscale.report.data_card import data_cards
-from gptscale.report.facts import Facts, SessionFacts
+from gptscale.report.facts import Facts, SessionFacts, StageFacts
 from gptscale.runtime.hardware import describe_host
 from gptscale.train.setup import Corpora
 
@@ -64,7 +65,21 @@ def gather_facts(
         peak_flops=peak_flops,
         data=data_cards(corpora.folders),
         sessions=(session,),
+        stages=tuple(stage_facts(settings, corpora)),
     )
+
+
+def stage_facts(settings: TrainRoot, corpora: Corpora) -> Iterator[StageFacts]:
+    plan = step_plan(settings)
+    for stage, text in zip(settings.data.stages, corpora.stages, strict=True):
+        steps, weights = plan.steps_to(text.start), sum(corpus.weight for corpus in text.corpora)
+        yield StageFacts(
+            name=stage.name,
+            after_step=steps,
+            tokens=plan.tokens_after(steps),
+            sequence_length=text.sequence_length,
+            shares=tuple((corpus.path, corpus.weight / weights) for corpus in text.corpora),
+        )
 
 
 def layout_name(settings: TrainRoot) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptscale.checkpoint.agreement import all_or_none, tell_number
 from gptscale.config.schema import TrainRoot
+from gptscale.config.stages import longest_sequence
 from gptscale.model.attention import Attention, LayerKind
 from gptscale.model.gpt import GPT
 from gptscale.model.kernel_timing import Heads, fastest, time_kernels
@@ -84,7 +85,7 @@ def choose_kernels(
 def layer_cases(model: GPT, settings: TrainRoot, device: torch.device) -> dict[LayerKind, Case]:
     """What each kind of layer asks of a kernel in this run."""
     windows = {module.kind: module.window for module in model.modules() if isinstance(module, Attention)}
-    tokens, config = settings.data.sequence_length, settings.model
+    tokens, config = longest_sequence(settings.data), settings.model
     return {
         kind: Case(
             device=device,
@@ -148,7 +149,7 @@ def _choose(
             return {}
         names = [by_rule, *(name for name in able if name != by_rule)]
         heads = Heads(settings.model.heads, kv_heads(settings.model), case.head_width)
-        sequences = settings.train.micro_batch
+        sequences = max(1, settings.train.micro_batch * settings.data.sequence_length // case.tokens)
         return time_kernels(names, case, heads, sequences, starts_BT, budget_s, LOG.warning)
 
     times_s = all_or_none(ranks, measure, "timing attention kernels")

@@ -151,8 +151,11 @@ def train_in(
 def choose_attention(
     model: GPT, settings: TrainRoot, folder: RunFolder, corpora: Corpora, progress: Progress, ranks: Ranks
 ) -> Progress:
-    """Find and record the attention kernels of the run. A collective."""
-    inputs_BT = corpora.stream.rows(np.arange(settings.train.micro_batch))[:, :-1]
+    """Find and record the attention kernels of the run, for its longest sequences. A collective."""
+    plan = step_plan(settings)
+    longest = max([0, *(stage.samples for stage in plan.stages)], key=plan.row_length)
+    count = min(settings.train.micro_batch, plan.batch(longest))
+    inputs_BT = corpora.stream.rows(longest + np.arange(count))[:, :-1]
     choice = choose_kernels(model, settings, corpora.stream.starts(inputs_BT), progress.attention_kernels, ranks)
 
     def write() -> None:
@@ -207,15 +210,16 @@ def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> b
     with span(DATA):
         data = next(feed)
     samples = session.plan.batch(progress.position.samples)
-    after = progress.tokens + samples * session.plan.sequence_length
-    rate = learning_rate(after, settings.schedule, settings.optimizer.learning_rate, session.schedule_tokens)
+    tokens = samples * session.plan.row_length(progress.position.samples)
+    after, peak = progress.tokens + tokens, settings.optimizer.learning_rate
+    rate = learning_rate(after, settings.schedule, peak, session.schedule_tokens)
     # Dropout is a function of seed, step and rank, so a resumed run needs no generator's state.
     torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.rank))
     measure_noise = due(progress.step + 1, settings.train.noise_scale_every_steps)
     with span(TRAIN):
         result = session.engine.train_step(data.microbatches, rate, measure_noise)
     sample_hash, stopping = ranks.sum([data.sample_hash, int(stop.requested)])
-    session.progress = progress.advanced(samples, samples * session.plan.sequence_length, sample_hash)
+    session.progress = progress.advanced(samples, tokens, sample_hash)
     taken = TakenStep(result, session.progress, rate, session.clock.lap(), data.wait_s, session.save_s)
     settle(session)
     session.taken, session.save_s = taken, 0.0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gptscale.checkpoint.folder import list_checkpoints
 from gptscale.checkpoint.manifest import DamagedError, read_manifest
-from gptscale.config.build import defaults
-from gptscale.config.schema import TrainRoot
-from gptscale.runtime.errors import UserError
 
 MAY_CHANGE = (
     "run.dir",
@@ -33,6 +31,8 @@ MAY_CHANGE = (
     "plugins",
     # Where the data lies and how it is read; what it is, is compared by its identity.
     "data.path",
+    "data.stages",
+    "data.mixture",
     "data.corpora_dir",
     "data.workers",
     "data.verify",
@@ -68,7 +68,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], key: str = 
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, full)
         elif old != new:
-            found.append(f"{full}: {old} → {new}")
+            found.append(f"{full}: {shown(old)} → {shown(new)}")
     return found
 
 
@@ -82,21 +82,10 @@ def filled(values: Mapping[str, Any], fallback: Mapping[str, Any]) -> dict[str, 
     return {**fallback, **values, **groups}
 
 
-def refuse_differences(
-    run_dir: str,
-    saved: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    saved_data: Mapping[str, Any],
-    wanted_data: Mapping[str, Any],
-) -> None:
-    """Raises UserError naming all differences in settings and data identity that a resumption may not have.
-
-    A setting that a run's version did not have yet counts as its default, which is what changes nothing.
-    """
-    found = differences(filled(saved, defaults(TrainRoot)), wanted)
-    found += differences(saved_data, wanted_data, "data identity")
-    if found:
-        raise UserError(
-            f"{run_dir} was trained with other settings: {'; '.join(found)}\n"
-            "set them back to go on with this run, or choose another run.name to start a new one"
-        )
+def shown(value: Any) -> str:
+    """A value of a difference: hashes are shortened, they are only to be told apart."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return f"{value[:12]}…"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
+    return str(value)

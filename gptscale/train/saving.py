@@ -13,7 +13,8 @@ from gptscale.config.schema import TrainRoot
 from gptscale.parallel.engine import Engine
 from gptscale.parallel.ranks import Ranks
 from gptscale.train.progress import Progress
-from gptscale.train.resume import has_gone_on, named_checkpoint, refuse_differences
+from gptscale.train.refusal import refuse_differences
+from gptscale.train.resume import has_gone_on, named_checkpoint
 from gptscale.train.run_folder import RunFolder
 from gptscale.train.setup import Corpora
 
@@ -59,8 +60,8 @@ def resume(
     """Load what the settings say to go on from; the start of a run where there is nothing. A collective."""
 
     def refuse(checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        refuse_differences(str(folder.path), state["settings"], composed.public, state["data"], corpora.stream.identity)
+        identity, tokenizer = corpora.stream.identity, corpora.tokenizer_sha256
+        refuse_differences(str(folder.path), checkpoint.state, composed.public, identity, tokenizer, corpora.folders)
 
     wanted = composed.settings.run.resume
     pieces = engine.pieces()

@@ -15,8 +15,12 @@ import torch
 from gptscale.checkpoint.trained import COMPUTE_TYPES
 from gptscale.config.rules import source_names
 from gptscale.config.schema import CorpusConfig, DataConfig, PrecisionConfig, TrainRoot
+from gptscale.config.stages import as_corpora, longest_sequence
+from gptscale.config.step_plan import step_plan
+from gptscale.data.block_order import shuffle_of
 from gptscale.data.heldout import HeldoutBatches, heldout_batches, heldout_sources
 from gptscale.data.prepare import corpus_folder
+from gptscale.data.stages import StageText
 from gptscale.data.stream import TrainingStream
 from gptscale.evaluate.heldout import HeldoutSet
 from gptscale.model.compiling import compile_blocks
@@ -65,7 +69,8 @@ def emulates_bf16() -> bool:
 
 def build_model(settings: TrainRoot, vocab_size: int) -> GPT:
     """The model on the CPU with its initial weights, the same on every layout. Blocks are compiled as they train."""
-    model = GPT(settings.model, vocab_size, settings.data.sequence_length, COMPUTE_TYPES[settings.precision.compute])
+    length = longest_sequence(settings.data)
+    model = GPT(settings.model, vocab_size, length, COMPUTE_TYPES[settings.precision.compute])
     model.activation_checkpointing = settings.parallel.activation_checkpointing
     initialise(model, settings.run.seed)
     if settings.data.document_mask:
@@ -93,6 +98,7 @@ class Corpora:
     heldout: tuple[HeldoutSet, ...]
     """Of these folders, in their order, and then those that `evaluation.sets` names."""
     tokenizer: Tokenizer
+    stages: tuple[StageText, ...] = ()
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -106,10 +112,30 @@ class Corpora:
 def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
     """Open and check all prepared text. Raises UserError naming what is missing or damaged."""
     folders = corpus_configs(settings)
-    length = settings.data.sequence_length
-    stream = TrainingStream(folders, length, settings.run.seed, settings.data.verify, settings.data.document_mask)
+    data, stages = settings.data, stage_texts(settings, folders)
+    stream = TrainingStream(
+        folders,
+        data.sequence_length,
+        settings.run.seed,
+        data.verify,
+        data.document_mask,
+        shuffle_of(data),
+        stages,
+        exact=data.mixture == "exact",
+    )
     heldout = tuple(open_heldout(settings, folders, stream, ranks))
-    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path))
+    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), stages)
+
+
+def stage_texts(settings: TrainRoot, folders: tuple[CorpusConfig, ...]) -> tuple[StageText, ...]:
+    """What each stage reads and from which sample on, where a run begins with `folders`."""
+    corpora, seed = folders, settings.run.seed
+    found = []
+    for number, (stage, start) in enumerate(zip(settings.data.stages, step_plan(settings).stages, strict=True)):
+        corpora = corpora if stage.path is None else as_corpora(stage.path)
+        seed = seed if stage.seed is None else stage.seed
+        found.append(StageText(start.samples, corpora, start.sequence_length, seed, f"data.stages[{number}]"))
+    return tuple(found)
 
 
 def open_heldout(
@@ -167,4 +193,4 @@ def corpus_configs(settings: TrainRoot) -> tuple[CorpusConfig, ...]:
     data: DataConfig = settings.data
     if data.path is None:
         return (CorpusConfig(str(corpus_folder(data, settings.tokenizer))),)
-    return (CorpusConfig(data.path),) if isinstance(data.path, str) else data.path
+    return as_corpora(data.path)

@@ -60,6 +60,7 @@ class Watcher:
         self._total_steps = run_steps(settings)
         self._plan = step_plan(settings)
         self._tokens = progress.tokens
+        self._position = progress.position.samples
         self._device = ranks.device
         self._ranks = ranks.size
         self._parameters = parameters
@@ -91,10 +92,9 @@ class Watcher:
         if not self._speaks:
             return
         progress = numbers.progress
-        used = self._tokens // self._plan.sequence_length
-        tokens = progress.tokens - self._tokens
+        used, tokens = self._position, progress.tokens - self._tokens
         tokens_per_sec = tokens / numbers.step_time_s
-        self._tokens = progress.tokens
+        self._tokens, self._position = progress.tokens, progress.position.samples
         self._pace.append((tokens, numbers.step_time_s + numbers.save_s))
         mfu = None
         if self._flops_per_token is not None and self._peak_flops is not None:
@@ -123,6 +123,9 @@ class Watcher:
             values |= {**noise, SCALE: self._noise.scale(noise)}
         self._metrics.write(values)
         self._tracker.log(progress.step, values)
+        for stage, start in zip(self._settings.data.stages, self._plan.stages, strict=True):
+            if used == start.samples:
+                LOG.info(f"step {progress.step}: stage {stage.name} has begun")
         first = progress.step == self._started_step + 1
         if first or progress.step == self._total_steps or progress.step % self._settings.logging.print_every_steps == 0:
             profiled = " (profiled: not representative)" if self._settings.profile.covers(progress.step) else ""
@@ -208,6 +211,12 @@ class Watcher:
             f"{self._parameters:,} parameters, {text_tokens:,} tokens of text, {ranks} ({layout_name(settings)}), "
             f"{settings.precision.compute}, {tokens_per_step(settings):,} tokens a step"
         )
+        for stage, start in zip(settings.data.stages, self._plan.stages, strict=True):
+            begins = self._plan.steps_to(start.samples)
+            LOG.info(
+                f"stage {stage.name} {'began' if begins < progress.step else 'begins'} after step {begins:,}: "
+                f"{self._plan.batch(start.samples):,} sequences of {start.sequence_length:,} tokens a step"
+            )
 
     def _bigram(self) -> float:
         from gptscale.evaluate.bigram import bigram_loss
@@ -220,7 +229,7 @@ class Watcher:
 
     def _time_left(self) -> str:
         """By tokens, at the pace of the last steps: steps grow where the batch does."""
-        total_tokens = self._plan.samples_after(self._total_steps) * self._plan.sequence_length
+        total_tokens = self._plan.tokens_after(self._total_steps)
         tokens, seconds = (sum(column) for column in zip(*self._pace, strict=True))
         left_s = int((total_tokens - self._tokens) * seconds / tokens)
         hours, minutes = divmod(left_s // 60, 60)

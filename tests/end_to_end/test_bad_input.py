@@ -20,6 +20,9 @@ from tests.helpers.training import run_training, small_run, write_corpus
 GPTSCALE = str(Path(sys.executable).parent / "gptscale")
 
 
+TINY = ("experiment=tiny",)
+
+
 def refused(code: int, err: str, *words: str) -> None:
     lines = err.strip().splitlines()
     assert code == 2, err
@@ -71,6 +74,12 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", "run.name="], ["run.name"]),
         (["train", "experiment=tiny", "run=mine"], ["run", "group"]),
         (["train", "experiment=tiny", "data.path=/nowhere"], ["/nowhere"]),
+        (["train", "data.stages=[{name: a, from_tokens: 9, path: /nowhere}]", *TINY], ["/nowhere"]),
+        (["train", "data.stages=[{name: a, from_tokens: 9, seqence_length: 9}]", *TINY], ["sequence_length"]),
+        (["train", "data.stages=[{name: a, from_tokens: 9, sequence_length: 512}]", *TINY], ["positions=rope"]),
+        (["train", "data.stages=[{name: a, from_tokens: 9}]", *TINY], ["data.stages[0]", "changes nothing"]),
+        (["train", "data.order=blocks", *TINY], ["data.order=blocks", "block"]),
+        (["train", "data.order=block", "data.window_blocks=0", *TINY], ["data.window_blocks=0"]),
         (["train", "a b"], ["key=value"]),
         (["trian"], ["train"]),
         (["generate"], ["source"]),

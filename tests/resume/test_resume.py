@@ -6,10 +6,16 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import pytest
 
 import gptscale.checkpoint.write
+from gptscale.checkpoint.folder import list_checkpoints
+from gptscale.checkpoint.manifest import read_manifest
+from gptscale.data.order import Ints
+from gptscale.data.stream import TrainingStream
 from gptscale.runtime.files import write_bytes_atomically
 from tests.helpers import ranks
 from tests.helpers.training import EXACT, SOME_RUNS_ONLY, exact_part, read_metrics, run_training, small_run, train
@@ -74,6 +80,47 @@ def slowly_saved(arguments: list[str]) -> int:
 
     gptscale.checkpoint.write.write_bytes_atomically = write_late  # type: ignore[attr-defined]
     return train(arguments)
+
+
+READ_SO_FAR = "read-so-far"
+
+
+def train_and_tell_what_was_read(arguments: list[str]) -> int:
+    """One rank that writes down, beside its run, up to which position rows were read."""
+    folder = Path(next(item for item in arguments if item.startswith("run.dir=")).removeprefix("run.dir="))
+    rows = TrainingStream.rows
+
+    def telling(stream: TrainingStream, positions: Ints) -> npt.NDArray[Any]:
+        with (folder.parent / READ_SO_FAR).open("a") as file:
+            file.write(f"{positions.max() + 1}\n")
+        return rows(stream, positions)
+
+    TrainingStream.rows = telling  # type: ignore[method-assign]
+    return train(arguments)
+
+
+@pytest.mark.parametrize("order", ["full", "block"])
+def test_what_was_only_prefetched_counts_for_nothing(order: str, corpus: Path, tmp_path: Path) -> None:
+    """The position moves when the optimizer has stepped: a run that is killed with steps ready in memory goes on with
+    the first of those that it did not take."""
+    extra = [*layout("plain", 0), f"data.order={order}", "data.block_sequences=4", "data.window_blocks=3"]
+    run_training([*small_run(corpus, tmp_path / "whole"), *extra], 1, tmp_path)
+    killed = [*small_run(corpus, tmp_path / "killed"), *extra, "checkpoint.every_steps=2", "evaluation.every_steps=0"]
+    newest = tmp_path / "killed" / "checkpoints" / "step-00000004"
+    kill_when(killed, 1, tmp_path, lambda _: (newest / "manifest.json").exists(), train_and_tell_what_was_read)
+    assert steps_in(tmp_path / "killed") < 12, "the run ended before it was killed"
+    read = max(int(line) for line in (tmp_path / READ_SO_FAR).read_text().split())
+    for saved in list_checkpoints(tmp_path / "killed" / "checkpoints"):
+        manifest = read_manifest(saved)
+        position = manifest.state["progress"]["position"]["samples"]
+        assert position == 8 * manifest.step
+        assert read >= position + 2 * 8, "nothing was prefetched"
+    run_training(killed, 1, tmp_path)
+    expected, found = (
+        [line["data/sample_hash"] for line in read_metrics(tmp_path / name) if "train/loss" in line]
+        for name in ("whole", "killed")
+    )
+    assert found == expected
 
 
 def test_dropout_and_evaluation_are_really_on(corpus: Path, tmp_path: Path) -> None:

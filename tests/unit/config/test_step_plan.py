@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gptscale.config.rules import check
 from gptscale.config.schema import DataConfig, ScheduleConfig, TrainConfig, TrainRoot
-from gptscale.config.step_plan import StepPlan, run_steps, schedule_tokens, step_plan
+from gptscale.config.step_plan import StageStart, StepPlan, run_steps, schedule_tokens, step_plan
 from gptscale.runtime.errors import UserError
 
 
@@ -29,18 +29,46 @@ def plans(draw: st.DrawFn) -> StepPlan:
 
 @given(plans(), st.integers(0, 120))
 def test_whole_stretches_are_what_single_steps_add_up_to(plan: StepPlan, steps: int) -> None:
-    used, lengths, batches = 0, [], []
-    for step in range(steps):
-        assert plan.steps_to(used) == step
-        lengths.append(plan.length(used))
-        batches.append(plan.batch(used))
-        used += batches[-1]
-    assert plan.samples_after(steps) == used
-    assert plan.steps_to(used) == steps
-    assert plan.steps_to(used + 1) == steps + 1
+    lengths, batches = walked(plan, steps)
     assert lengths == sorted(lengths)
     assert batches == sorted(batches)
     assert all(plan.sequence_length % length == 0 for length in lengths)
+
+
+def walked(plan: StepPlan, steps: int) -> tuple[list[int], list[int]]:
+    """Sequence lengths and batches of the steps, one by one; what the plan says of all together has to agree."""
+    used, tokens, lengths, batches = 0, 0, [], []
+    for step in range(steps):
+        assert plan.steps_to(used) == step
+        assert plan.at_tokens(tokens) == (step, used, tokens)
+        lengths.append(plan.length(used))
+        batches.append(plan.batch(used))
+        tokens += batches[-1] * plan.row_length(used)
+        used += batches[-1]
+    assert plan.samples_after(steps) == used
+    assert plan.tokens_after(steps) == tokens
+    assert plan.steps_to(used) == steps
+    assert plan.steps_to(used + 1) == steps + 1
+    assert plan.at_tokens(tokens + 1).steps == steps + 1
+    return lengths, batches
+
+
+@given(plans(), st.lists(st.tuples(st.integers(1, 3000), st.integers(-2, 2)), max_size=4), st.integers(0, 150))
+def test_stages_begin_on_whole_steps_that_keep_their_tokens(
+    plan: StepPlan, wanted: list[tuple[int, int]], steps: int
+) -> None:
+    """Of lengths 2^n times as long, where a step's tokens allow it; starts are the first steps to have the tokens."""
+    grown = max(plan.ramp_samples, plan.length_samples) * plan.sequence_length
+    for more, doublings in wanted:
+        length = plan.sequence_length * 2**doublings if doublings >= 0 else plan.sequence_length >> -doublings
+        if (plan.global_batch * plan.sequence_length) % length:
+            continue
+        before = plan.at_tokens(grown + more)
+        plan = replace(plan, stages=(*plan.stages, StageStart(before.samples, length)))
+        grown += more
+        assert plan.at_tokens(grown) == before, "a stage changes nothing before it"
+        assert plan.batch(before.samples) * length == plan.global_batch * plan.sequence_length
+    walked(plan, steps)
 
 
 def test_gpt3s_ramp() -> None:

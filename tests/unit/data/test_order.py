@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptscale.data import order
-from gptscale.data.order import PERIOD, ROUNDS, SampleOrder, permute, round_keys, stride_table
+from gptscale.data.mixture import PERIOD, stride_table
+from gptscale.data.order import ROUNDS, SampleOrder, permute, round_keys
 from gptscale.runtime.errors import UserError
 
 GOLDEN_1000 = [491, 468, 294, 415, 716, 121, 506, 795]
@@ -148,7 +149,7 @@ def test_output_bits_do_not_follow_input_bits(monkeypatch: pytest.MonkeyPatch) -
     # 512 correlations of 65,536 fair coins each: the largest is about 3.3 standard deviations, 0.013.
     assert _bit_correlation(outputs, bits) < 5 / math.sqrt(1 << bits)
     # Control: a round that only multiplies and adds passes low bits straight through, and the same test sees it.
-    monkeypatch.setattr(order, "_splitmix64", lambda z: z * np.uint64(0x9E3779B97F4A7C15))
+    monkeypatch.setattr(order, "splitmix64", lambda z: z * np.uint64(0x9E3779B97F4A7C15))
     assert _bit_correlation(permute(np.arange(1 << bits), 1 << bits, keys), bits) > 0.2
 
 

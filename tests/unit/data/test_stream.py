@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from gptscale.config.schema import CorpusConfig, DataConfig, SourceConfig, TokenizerConfig
 from gptscale.config.step_plan import StepPlan
+from gptscale.data.block_order import BlockShuffle
+from gptscale.data.order import FULL
 from gptscale.data.prepare import prepare
 from gptscale.data.rows import RowReader
 from gptscale.data.stream import StepFeed, TrainingStream, sample_hash
@@ -78,6 +80,20 @@ def test_rows_depend_on_the_position_alone(prepared: Path, positions: list[int])
     assert rows.shape == (len(positions), LENGTH + 1)
     for position, row in zip(positions[:5], rows, strict=False):
         assert np.array_equal(stream.rows(np.array([position]))[0], row)
+
+
+def test_block_order_reads_every_sample_once_from_few_places_at_a_time(prepared: Path) -> None:
+    """Rows of a window lie in `window` blocks of neighbours; the identity says so, and that of the full order is what
+    it was before there was another."""
+    expected = [bytes(row) for row in all_rows(prepared)]
+    stream = TrainingStream((CorpusConfig(str(prepared)),), LENGTH, 0, shuffle=BlockShuffle(8, 3))
+    rows = [bytes(row) for row in stream.rows(np.arange(len(expected)))]
+    assert sorted(rows) == sorted(expected)
+    places = [expected.index(row) // 8 for row in rows[:20]]
+    assert len(set(places)) <= 3
+    assert rows != [bytes(row) for row in one(prepared).rows(np.arange(len(expected)))]
+    assert list(one(prepared).identity) == ["algorithm", "seed", "sequence_length", "corpora"]
+    assert one(prepared).identity["algorithm"] == "feistel6-splitmix64-stride65536-v1"
 
 
 def test_every_sequence_length_reads_the_same_shards(prepared: Path) -> None:
@@ -207,6 +223,8 @@ def test_the_identity_names_all_that_decides_the_samples(prepared: Path, second:
         identity(first, seed=1),
     ]
     assert len(set(different)) == len(different)
+    orders = [FULL, BlockShuffle(8, 2), BlockShuffle(8, 3), BlockShuffle(16, 2)]
+    assert len({json.dumps(TrainingStream((first,), LENGTH, 0, shuffle=way).identity) for way in orders}) == 4
     assert identity(first, other) == identity(CorpusConfig(first.path, 5.0), CorpusConfig(other.path, 5.0))
     assert identity(first) == identity(CorpusConfig(first.path, 7.0))
     assert str(prepared) not in identity(first)

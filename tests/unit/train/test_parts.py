@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from gptscale.train.guard import Guard
 from gptscale.train.metrics import MetricsFile, read_metrics
 from gptscale.train.optimizer import build_optimizer, parameter_groups
 from gptscale.train.progress import Progress
-from gptscale.train.resume import differences, refuse_differences
+from gptscale.train.refusal import refuse_differences
+from gptscale.train.resume import differences
 
 
 def test_parameter_groups_cover_everything_once_and_decay_matrices_only() -> None:
@@ -76,10 +78,12 @@ def test_a_run_of_an_older_version_goes_on() -> None:
     wanted = plain(TrainRoot())
     older = {name: dict(group) for name, group in wanted.items() if name != "guard"}
     del older["model"]["tied_embeddings"]
-    refuse_differences("runs/x", older, wanted, {}, {})
+    data: dict[str, Any] = {"seed": 0, "corpora": []}
+    state = {"settings": older, "data": data, "progress": Progress().to_json(), "tokenizer_sha256": ""}
+    refuse_differences("runs/x", state, wanted, data, "", ())
     wanted["model"]["tied_embeddings"] = False
     with pytest.raises(UserError, match=r"model\.tied_embeddings: True → False"):
-        refuse_differences("runs/x", older, wanted, {}, {})
+        refuse_differences("runs/x", state, wanted, data, "", ())
 
 
 def test_progress_survives_json() -> None:
