@@ -186,6 +186,11 @@ class DataConfig:
     """Another mixture, text or sequence length from a number of tokens on, e.g. for annealing or longer contexts."""
     document_mask: bool = False
     """Tokens see only what is of their own document, in training and evaluation."""
+    boundary_loss: bool = True
+    """Whether the first token of a document is predicted from the end of the one before it, in both as well."""
+    packing: Literal["cut", "best_fit"] = "cut"
+    """How documents become rows: one after the other and cut, or put together so that few are cut (best-fit packing;
+    the plan is made once and kept beside the shards)."""
     heldout_fraction: float = 0.02
     """Documents held out for evaluation, chosen by a hash of each document's identity."""
     shard_tokens: int = 134_217_728

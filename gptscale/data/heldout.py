@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +47,12 @@ class HeldoutBatches:
         data_ranks: int,
         document_mask: bool = False,
         source: str | None = None,
+        boundary_loss: bool = True,
     ) -> None:
         """`folder` is a prepared folder. Raises UserError where its held-out part is damaged or empty.
 
-        With `document_mask` batches say where documents begin.
+        With `document_mask` batches say where documents begin; without `boundary_loss` their first tokens are no
+        targets.
         """
         self._reader = heldout_rows(folder, sequence_length)
         self.tokenizer_sha256: str = self._reader.corpus.manifest.tokenizer_sha256
@@ -57,6 +60,7 @@ class HeldoutBatches:
         self._data_rank = data_rank
         self._data_ranks = data_ranks
         self._document_mask = document_mask
+        self._boundary_loss = boundary_loss
         self._rows = heldout_selection(self._reader, limit_sequences)
         if source is not None:
             self._rows = self._rows[source_of_rows(self._reader, self._rows) == source]
@@ -82,26 +86,32 @@ class HeldoutBatches:
         return mean_loss * self.loss_tokens / (math.log(2) * self.text_bytes)
 
     def _batch(self, rows: Ints) -> Batch:
-        rows_BT, targets = self._reader.read(rows)
+        rows_BT, real_BT = self._read(rows)
         length = rows_BT.shape[1] - 1
         end_of_text = self._reader.corpus.manifest.end_of_text
         inputs_BT = np.full((self._micro_batch, length), end_of_text, dtype=np.int64)
         targets_BT = np.full((self._micro_batch, length), IGNORED_TARGET, dtype=np.int64)
         inputs_BT[: len(rows_BT)] = rows_BT[:, :-1]
-        real_BT = np.arange(length) < targets[:, None]
         targets_BT[: len(rows_BT)] = np.where(real_BT, rows_BT[:, 1:].astype(np.int64), IGNORED_TARGET)
         starts_BT = torch.from_numpy(document_starts(inputs_BT, end_of_text)) if self._document_mask else None
-        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), int(targets.sum()), starts_BT)
+        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), int(real_BT.sum()), starts_BT)
 
     def _totals(self) -> tuple[int, int]:
         byte_lengths = Tokenizer.load(self._reader.corpus.tokenizer_path).byte_lengths()
         loss_tokens = text_bytes = 0
         for first in range(0, self.sequences, _ROWS_AT_ONCE):
-            rows_NT, targets = self._reader.read(self._rows[first : first + _ROWS_AT_ONCE])
-            # What fills up a short row is end_of_text, which stands for no bytes.
-            text_bytes += int(byte_lengths[rows_NT[:, 1:]].sum())
-            loss_tokens += int(targets.sum())
+            rows_NT, real_NT = self._read(self._rows[first : first + _ROWS_AT_ONCE])
+            text_bytes += int(byte_lengths[rows_NT[:, 1:][real_NT]].sum())
+            loss_tokens += int(real_NT.sum())
         return loss_tokens, text_bytes
+
+    def _read(self, rows: Ints) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Token ids [N, T+1], and which of their targets are to be predicted [N, T]."""
+        rows_NT, targets = self._reader.read(rows)
+        real_NT = np.arange(rows_NT.shape[1] - 1) < targets[:, None]
+        if not self._boundary_loss:
+            real_NT &= rows_NT[:, :-1] != self._reader.corpus.manifest.end_of_text
+        return rows_NT, real_NT
 
 
 def heldout_rows(folder: Path, sequence_length: int) -> RowReader:
@@ -134,19 +144,3 @@ def source_of_rows(reader: RowReader, rows: Ints) -> npt.NDArray[np.str_]:
     ends = np.cumsum([part.tokens for part in parts])
     names = np.array([part.source_name for part in parts])
     return names[np.searchsorted(ends, reader.places(rows), side="right")]
-
-
-def heldout_batches(
-    folder: Path,
-    sequence_length: int,
-    micro_batch: int,
-    limit_sequences: int,
-    data_rank: int,
-    data_ranks: int,
-    document_mask: bool = False,
-    source: str | None = None,
-) -> HeldoutBatches:
-    """This rank's evaluation batches over a prepared folder; see `HeldoutBatches`."""
-    return HeldoutBatches(
-        folder, sequence_length, micro_batch, limit_sequences, data_rank, data_ranks, document_mask, source
-    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,23 @@ from gptscale.data.order import Ints
 from gptscale.runtime.errors import UserError
 
 _MOST_OPEN_FILES = 128
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples as they are read."""
+
+    tokens: npt.NDArray[Any]
+    """[N, T+1], of the type that is stored."""
+    used: Ints | None = None
+    """How many tokens of each row are text, from its first on [N]; the others fill it up. None: all."""
+    starts: Ints | None = None
+    """For each token the position in its row at which its piece of a document begins [N, T+1]. None: at a row's
+    beginning, and after each end_of_text."""
+
+    def part(self, first: int, stop: int) -> Rows:
+        used = None if self.used is None else self.used[first:stop]
+        return Rows(self.tokens[first:stop], used, None if self.starts is None else self.starts[first:stop])
 
 
 class RowReader:
@@ -37,6 +55,10 @@ class RowReader:
         """Rows there are."""
         self._files: OrderedDict[int, int] = OrderedDict()
 
+    def rows(self, numbers: Ints) -> Rows:
+        """The rows of these numbers [N], all of them whole ones."""
+        return Rows(self.read(numbers)[0])
+
     def read(self, rows: Ints) -> tuple[npt.NDArray[Any], Ints]:
         """Token ids [N, T+1] in the corpus's own type, and how many targets of each row are real [N].
 
@@ -47,7 +69,7 @@ class RowReader:
         tokens = np.minimum(self._length + 1, self._shard_tokens[shard] - start)
         out_NT = np.empty((len(rows), self._length + 1), dtype=self._dtype)
         for row, (number, first, count) in enumerate(zip(shard.tolist(), start.tolist(), tokens.tolist(), strict=True)):
-            self._read_into(out_NT[row, :count], number, first)
+            self.read_into(out_NT[row, :count], number, first)
             out_NT[row, count:] = self.corpus.manifest.end_of_text
         return out_NT, tokens - 1
 
@@ -61,7 +83,8 @@ class RowReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _read_into(self, target: npt.NDArray[Any], number: int, first: int) -> None:
+    def read_into(self, target: npt.NDArray[Any], number: int, first: int) -> None:
+        """Fill `target` with the tokens from `first` on of shard `number`."""
         shard = self.corpus.manifest.shards[number]
         header_bytes = shard.token_bytes - shard.tokens * self._dtype.itemsize
         offset = header_bytes + first * self._dtype.itemsize

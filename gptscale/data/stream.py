@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,13 @@ import xxhash
 
 from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
+from gptscale.data.batches import BatchMaker
 from gptscale.data.corpus import Corpus, open_split
 from gptscale.data.mixture import mixture_table
 from gptscale.data.order import FULL, Ints, Located, Shuffle
-from gptscale.data.rows import RowReader, document_starts
+from gptscale.data.packed_rows import PackedRowReader
+from gptscale.data.packing import ALGORITHM
+from gptscale.data.rows import RowReader, Rows
 from gptscale.data.stages import Mixture, StagedOrder, StageText, Track, with_copies
 from gptscale.flow import Batch
 from gptscale.runtime.errors import UserError
@@ -47,24 +51,29 @@ class TrainingStream:
         shuffle: Shuffle = FULL,
         stages: Sequence[StageText] = (),
         exact: bool = True,
+        packed: bool = False,
+        boundary_loss: bool = True,
     ) -> None:
         """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError.
 
-        With `document_mask` batches say where documents begin. What is read from the start on comes first, and then,
-        each from its own start on, what `stages` say. `exact` is of mixtures: see `mixture_table`.
+        With `document_mask` batches say where documents begin; without `boundary_loss` their first tokens are no
+        targets; rows are `packed` from whole documents, or cut from their concatenation.
+
+        What is read from the start on comes first, and then, each from its own start on, what `stages` say. `exact` is
+        of mixtures: see `mixture_table`.
         """
         texts = [StageText(0, corpora, sequence_length, seed), *stages]
-        opened = _open(texts, verify, exact)
+        opened = _open(texts, verify, exact, packed)
         mixtures, first = opened.mixtures, opened.mixtures[0]
         order = StagedOrder(mixtures, shuffle)
         self._readers = {number: opened.readers[track] for track, number in order.numbers.items()}
+        self._packed = packed
         self._lengths = {number: track.sequence_length for track, number in order.numbers.items()}
         self._window = lru_cache(maxsize=4)(lambda number: order.locate(np.arange(_WINDOW) + number * _WINDOW))
         self.shares = first.weights
         """Of the samples before any stage, each corpus's."""
         self.sequence_length = sequence_length
         """Of samples before any stage."""
-        self.document_mask = document_mask
         corpus = self._readers[0].corpus
         self.vocab_size: int = corpus.manifest.vocab_size
         self.end_of_text: int = corpus.manifest.end_of_text
@@ -76,29 +85,36 @@ class TrainingStream:
         """All that decides which tokens a position gives: runs with equal identities see equal samples. JSON.
 
         `stages` is there only where there are any; up to a stage's `start` it may differ in that stage."""
+        if packed:
+            self.identity["packing"] = ALGORITHM
+        self.batches = BatchMaker(self.end_of_text, document_mask, boundary_loss, pin=torch.cuda.is_available())
+        """How its rows become batches."""
         if stages:
             self.identity["stages"] = [{"start": mixture.start} | _identity(mixture) for mixture in mixtures[1:]]
 
     def rows(self, positions: Ints) -> npt.NDArray[Any]:
-        """Token ids of the samples at `positions` [N]: [N, T+1], uint16 or uint32 as stored.
+        """Token ids of the samples at `positions` [N]: [N, T+1], uint16 or uint32 as stored."""
+        return self.read(positions).tokens
 
-        All of one length: `positions` are not of stages that differ in it.
-        """
+    def read(self, positions: Ints) -> Rows:
+        """The samples at `positions` [N], all of one length: they are not of stages that differ in it."""
         located = self._located(positions)
         if len(self._readers) == 1:
-            return self._readers[0].read(located.sample)[0]
+            return self._readers[0].rows(located.sample)
         numbers = np.unique(located.corpus).tolist()
         lengths = {self._lengths[number] for number in numbers} or {self.sequence_length}
         assert len(lengths) == 1, f"rows of {sorted(lengths)} tokens at once"
-        out_NT = np.empty((len(positions), lengths.pop() + 1), dtype=self._readers[0].corpus.manifest.dtype)
+        shape = len(positions), lengths.pop() + 1
+        tokens = np.empty(shape, dtype=self._readers[0].corpus.manifest.dtype)
+        used = np.empty(shape[0], dtype=np.int64)
+        starts = np.empty(shape if self._packed else (0, 0), dtype=np.int64)
         for number in numbers:
             of_corpus = located.corpus == number
-            out_NT[of_corpus] = self._readers[number].read(located.sample[of_corpus])[0]
-        return out_NT
-
-    def starts(self, inputs_BT: npt.NDArray[Any]) -> torch.Tensor | None:
-        """Where documents begin in these inputs, as `Batch.starts_BT` has it; None without document masks."""
-        return torch.from_numpy(document_starts(inputs_BT, self.end_of_text)) if self.document_mask else None
+            part = self._readers[number].rows(located.sample[of_corpus])
+            tokens[of_corpus] = part.tokens
+            if part.used is not None and part.starts is not None:
+                used[of_corpus], starts[of_corpus] = part.used, part.starts
+        return Rows(tokens, used, starts) if self._packed else Rows(tokens)
 
     def close(self) -> None:
         for reader in self._readers.values():
@@ -119,17 +135,18 @@ class TrainingStream:
 
 class _Opened(NamedTuple):
     mixtures: list[Mixture]
-    readers: dict[Track, RowReader]
+    readers: dict[Track, RowReader | PackedRowReader]
 
 
-def _open(texts: Sequence[StageText], verify: bool, exact: bool) -> _Opened:
+def _open(texts: Sequence[StageText], verify: bool, exact: bool, packed: bool) -> _Opened:
     """The text of every stage, each folder opened once. Raises UserError."""
     paths = dict.fromkeys(corpus.path for text in texts for corpus in text.corpora)
     opened = {path: open_split(Path(path), "train", verify) for path in paths}
     _refuse_mixed_tokenizers(list(opened.values()))
     found = _Opened([], {})
     for text in texts:
-        readers = [RowReader(opened[corpus.path], text.sequence_length) for corpus in text.corpora]
+        kind = PackedRowReader if packed else RowReader
+        readers = [kind(opened[corpus.path], text.sequence_length) for corpus in text.corpora]
         for reader in readers:
             if reader.count == 0:
                 raise UserError(
@@ -220,7 +237,6 @@ class StepFeed(Iterator[StepData]):
         self._plan = plan
         self._split = split
         self._data_rank = data_rank
-        self._pin = torch.cuda.is_available()
         self._ready: queue.Queue[tuple[int, list[Batch], int] | BaseException] = queue.Queue(_STEPS_AHEAD)
         self._stop = threading.Event()
         self._failure: BaseException | None = None
@@ -266,18 +282,9 @@ class StepFeed(Iterator[StepData]):
     def _step(self, start: int) -> tuple[int, list[Batch], int]:
         groups = microbatch_positions(self._plan, self._split, self._data_rank, start)
         positions = np.concatenate(groups)
-        rows_NT = self._stream.rows(positions)
-        cuts = np.cumsum([len(group) for group in groups])[:-1]
-        length = self._plan.length(start)
-        microbatches = [self._batch(rows_BT, length) for rows_BT in np.split(rows_NT, cuts)]
-        return start, microbatches, sample_hash(positions, rows_NT)
-
-    def _batch(self, rows_BT: npt.NDArray[Any], length: int) -> Batch:
-        """Rows as sequences of `length` tokens: each row as it is, or cut into several."""
-        inputs_BT = torch.from_numpy(rows_BT[:, :-1].astype(np.int64).reshape(-1, length))
-        targets_BT = torch.from_numpy(rows_BT[:, 1:].astype(np.int64).reshape(-1, length))
-        starts_BT = self._stream.starts(inputs_BT.numpy())
-        if self._pin:
-            inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
-            starts_BT = None if starts_BT is None else starts_BT.pin_memory()
-        return Batch(inputs_BT, targets_BT, loss_tokens=targets_BT.numel(), starts_BT=starts_BT)
+        found, length = self._stream.read(positions), self._plan.length(start)
+        ends = np.cumsum([len(group) for group in groups]).tolist()
+        microbatches = [
+            self._stream.batches.make(found.part(first, stop), length) for first, stop in pairwise([0, *ends])
+        ]
+        return start, microbatches, sample_hash(positions, found.tokens)

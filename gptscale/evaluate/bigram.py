@@ -80,7 +80,7 @@ def fit_bigrams(corpus: Corpus) -> BigramModel:
 
 
 def bigram_loss(folder: Path, sequence_length: int, limit_sequences: int) -> float:
-    """Mean loss in nats per token of a bigram model fitted on `train`, over exactly the targets of `heldout_batches`.
+    """Mean loss in nats per token of a bigram model fitted on `train`, over exactly the targets of `HeldoutBatches`.
 
     Each target's context is the token before it in its row; for a row's first target that is the row's first id, which
     the GPT sees too. Raises UserError where the prepared folder is damaged.

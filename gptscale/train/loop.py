@@ -155,8 +155,8 @@ def choose_attention(
     plan = step_plan(settings)
     longest = max([0, *(stage.samples for stage in plan.stages)], key=plan.row_length)
     count = min(settings.train.micro_batch, plan.batch(longest))
-    inputs_BT = corpora.stream.rows(longest + np.arange(count))[:, :-1]
-    choice = choose_kernels(model, settings, corpora.stream.starts(inputs_BT), progress.attention_kernels, ranks)
+    first = corpora.stream.batches.make(corpora.stream.read(longest + np.arange(count)), plan.row_length(longest))
+    choice = choose_kernels(model, settings, first.starts_BT, progress.attention_kernels, ranks)
 
     def write() -> None:
         if ranks.rank == 0:

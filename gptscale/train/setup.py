@@ -18,7 +18,7 @@ from gptscale.config.schema import CorpusConfig, DataConfig, PrecisionConfig, Tr
 from gptscale.config.stages import as_corpora, longest_sequence
 from gptscale.config.step_plan import step_plan
 from gptscale.data.block_order import shuffle_of
-from gptscale.data.heldout import HeldoutBatches, heldout_batches, heldout_sources
+from gptscale.data.heldout import HeldoutBatches, heldout_sources
 from gptscale.data.prepare import corpus_folder
 from gptscale.data.stages import StageText
 from gptscale.data.stream import TrainingStream
@@ -122,6 +122,8 @@ def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
         shuffle_of(data),
         stages,
         exact=data.mixture == "exact",
+        packed=data.packing == "best_fit",
+        boundary_loss=data.boundary_loss,
     )
     heldout = tuple(open_heldout(settings, folders, stream, ranks))
     return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), stages)
@@ -146,8 +148,9 @@ def open_heldout(
     def batches(folder: str, sequences: int | None, source: str | None = None) -> HeldoutBatches:
         limit = settings.evaluation.sequences if sequences is None else sequences
         length, micro_batch = settings.data.sequence_length, settings.train.micro_batch
-        documents = settings.data.document_mask
-        return heldout_batches(Path(folder), length, micro_batch, limit, ranks.rank, ranks.size, documents, source)
+        documents, boundaries = settings.data.document_mask, settings.data.boundary_loss
+        rank, size = ranks.rank, ranks.size
+        return HeldoutBatches(Path(folder), length, micro_batch, limit, rank, size, documents, source, boundaries)
 
     if len(folders) == 1:
         taken = yield from by_source(folders[0].path, batches)

@@ -16,18 +16,22 @@ ZERO3 = ["parallel.zero_stage=3", "parallel.activation_checkpointing=full"]
 
 
 def test_masked_runs_agree(corpus: Path, tmp_path: Path) -> None:
-    """Two ranks with ZeRO-3 and recomputation against the plain engine; and a mask may not change on the way."""
+    """Two ranks with ZeRO-3 and recomputation against the plain engine, on packed rows whose targets are masked
+    unevenly; and neither the mask nor the packing may change on the way."""
 
     def run(name: str, mask: bool, extra: list[str]) -> list[str]:
         arguments = [*small_run(corpus, tmp_path / name), "model.dropout=0", "data.sequence_length=64"]
         windows = ["model.attention_pattern=[full,window]", "model.window=9"]
-        return [*arguments, *windows, f"data.document_mask={str(mask).lower()}", "train.steps=6", *extra]
+        packed = ["data.packing=best_fit", "data.boundary_loss=false"]
+        return [*arguments, *windows, *packed, f"data.document_mask={str(mask).lower()}", "train.steps=6", *extra]
 
     run_training(run("plain", True, PLAIN), 1, tmp_path)
     run_training(run("zero", True, ZERO3), 2, tmp_path)
     run_training(run("unmasked", False, PLAIN), 1, tmp_path)
     refused = run_training(run("plain", False, PLAIN), 1, tmp_path, code=2)
     assert "data.document_mask: True → False" in refused.text()
+    refused = run_training([*run("plain", True, PLAIN), "data.packing=cut"], 1, tmp_path, code=2)
+    assert "data.packing: best_fit → cut" in refused.text()
     plain, zero, unmasked = (read_metrics(tmp_path / name) for name in ("plain", "zero", "unmasked"))
     assert [line["step"] for line in plain] == [line["step"] for line in zero]
     for key in ("train/loss", "eval/loss"):

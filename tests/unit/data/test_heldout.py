@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
-from gptscale.data.heldout import heldout_batches, heldout_sources
+from gptscale.data.heldout import HeldoutBatches, heldout_sources
 from gptscale.data.prepare import prepare
 from gptscale.data.shards import MANIFEST
 from gptscale.flow import IGNORED_TARGET
@@ -40,7 +40,7 @@ def pairs(folder: Path, length: int, limit: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(("length", "limit"), [(32, 0), (32, 7), (32, 1), (1000, 0), (100_000, 0)])
 def test_ranks_together_see_every_target_once(prepared: Path, ranks: int, length: int, limit: int) -> None:
     found: list[tuple[int, int]] = []
-    by_rank = [heldout_batches(prepared, length, 3, limit, rank, ranks) for rank in range(ranks)]
+    by_rank = [HeldoutBatches(prepared, length, 3, limit, rank, ranks) for rank in range(ranks)]
     assert len({len(batches) for batches in by_rank}) == 1
     for batches in by_rank:
         seen = list(batches)
@@ -60,7 +60,7 @@ def test_ranks_together_see_every_target_once(prepared: Path, ranks: int, length
 
 
 def test_bits_per_byte_are_of_the_bytes_that_the_targets_stand_for(prepared: Path) -> None:
-    batches = heldout_batches(prepared, 64, 4, 5, 0, 1)
+    batches = HeldoutBatches(prepared, 64, 4, 5, 0, 1)
     tokenizer = Tokenizer.load(prepared / "tokenizer.model")
     text = tokenizer.decode_bytes([target for _, target in pairs(prepared, 64, 5)])
     assert batches.text_bytes == len(text)
@@ -70,15 +70,15 @@ def test_bits_per_byte_are_of_the_bytes_that_the_targets_stand_for(prepared: Pat
 
 
 def test_the_batches_can_be_read_again(prepared: Path) -> None:
-    batches = heldout_batches(prepared, 32, 4, 10, 0, 2)
+    batches = HeldoutBatches(prepared, 32, 4, 10, 0, 2)
     for first, second in zip(batches, batches, strict=True):
         assert torch.equal(first.inputs_BT, second.inputs_BT)
 
 
 def test_batches_say_where_documents_begin(prepared: Path) -> None:
     end_of_text = Tokenizer.load(prepared / "tokenizer.model").end_of_text
-    masked = list(heldout_batches(prepared, 200, 4, 10, 0, 1, document_mask=True))
-    for batch, without in zip(masked, heldout_batches(prepared, 200, 4, 10, 0, 1), strict=True):
+    masked = list(HeldoutBatches(prepared, 200, 4, 10, 0, 1, document_mask=True))
+    for batch, without in zip(masked, HeldoutBatches(prepared, 200, 4, 10, 0, 1), strict=True):
         assert torch.equal(batch.inputs_BT, without.inputs_BT)
         assert without.starts_BT is None
         assert batch.starts_BT is not None
@@ -90,7 +90,7 @@ def test_an_unfinished_heldout_part_is_refused(prepared: Path, tmp_path: Path) -
     shutil.copytree(prepared, tmp_path / "corpus")
     (tmp_path / "corpus/heldout" / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"heldout/manifest\.json"):
-        heldout_batches(tmp_path / "corpus", 32, 4, 0, 0, 1)
+        HeldoutBatches(tmp_path / "corpus", 32, 4, 0, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def of_two_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_few_sequences_are_of_all_sources(of_two_sources: Path) -> None:
     """The first of them would be of the first source alone, whatever the order of sources is."""
     tokenizer = Tokenizer.load(of_two_sources / "tokenizer.model")
-    (batch,) = heldout_batches(of_two_sources, 64, 8, 8, 0, 1)
+    (batch,) = HeldoutBatches(of_two_sources, 64, 8, 8, 0, 1)
     rows = [tokenizer.decode(row) for row in batch.inputs_BT.tolist()]
     assert {"abc" in row for row in rows} == {True, False}
     assert 4 <= sum("abc" in row for row in rows) <= 7
@@ -125,7 +125,7 @@ def test_the_batches_of_all_sources_are_those_of_the_whole(of_two_sources: Path,
     tokenizer = Tokenizer.load(of_two_sources / "tokenizer.model")
     found = []
     for source, begins in (("letters", "abc"), ("my-numbers", "123")):
-        by_rank = [heldout_batches(of_two_sources, length, 3, limit, rank, 2, source=source) for rank in range(2)]
+        by_rank = [HeldoutBatches(of_two_sources, length, 3, limit, rank, 2, source=source) for rank in range(2)]
         assert len({len(batches) for batches in by_rank}) == 1
         for batch in (batch for batches in by_rank for batch in batches):
             for inputs, targets in zip(batch.inputs_BT, batch.targets_BT, strict=True):
@@ -151,4 +151,4 @@ def test_a_manifest_without_names_of_sources_is_one_whole(of_two_sources: Path, 
         del part["source_name"]
     path.write_text(json.dumps(manifest))
     assert heldout_sources(tmp_path / "corpus") == ()
-    assert heldout_batches(tmp_path / "corpus", 64, 8, 0, 0, 1).loss_tokens > 0
+    assert HeldoutBatches(tmp_path / "corpus", 64, 8, 0, 0, 1).loss_tokens > 0

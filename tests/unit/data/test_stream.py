@@ -172,8 +172,8 @@ def test_a_feed_goes_on_from_any_position(prepared: Path) -> None:
 def test_the_feed_keeps_ahead_but_not_far(prepared: Path) -> None:
     read: list[int] = []
     stream = one(prepared)
-    inner = stream.rows
-    stream.rows = lambda positions: (read.append(int(positions[0])), inner(positions))[1]  # type: ignore[method-assign]
+    inner = stream.read
+    stream.read = lambda positions: (read.append(int(positions[0])), inner(positions))[1]  # type: ignore[method-assign]
     with feed_of(stream, split_batch(8, 4, 1), 0, 0) as feed:
         next(feed)
         time.sleep(0.3)

@@ -10,7 +10,7 @@ import pytest
 
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from gptscale.data.corpus import open_split
-from gptscale.data.heldout import heldout_batches
+from gptscale.data.heldout import HeldoutBatches
 from gptscale.data.prepare import prepare
 from gptscale.evaluate import bigram
 from gptscale.evaluate.bigram import bigram_loss, fit_bigrams
@@ -58,7 +58,7 @@ def test_the_loss_is_the_textbooks_on_exactly_the_models_targets(
     textbook = Textbook(corpus, 400)
     losses = [
         -math.log(textbook.probability(context, token))
-        for batch in heldout_batches(corpus, 50, 4, limit, 0, 1)
+        for batch in HeldoutBatches(corpus, 50, 4, limit, 0, 1)
         for context, token in zip(batch.inputs_BT.flatten().tolist(), batch.targets_BT.flatten().tolist(), strict=True)
         if token != IGNORED_TARGET
     ]
