@@ -61,6 +61,11 @@ class PartRecord:
     """Of the entry of `data.sources` that it is of. Parts of one source follow each other. Empty in older manifests."""
     removed: tuple[Removed, ...] = ()
 
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> PartRecord:
+        """From JSON. Raises KeyError or TypeError where it is none."""
+        return cls(**fields | {"removed": tuple(Removed(**one) for one in fields.get("removed", ()))})
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -96,10 +101,7 @@ class Manifest:
         """Raises ValueError, KeyError or TypeError where `text` is no manifest."""
         fields: dict[str, Any] = json.loads(text)
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        fields["parts"] = tuple(
-            PartRecord(**part | {"removed": tuple(Removed(**one) for one in part.get("removed", ()))})
-            for part in fields["parts"]
-        )
+        fields["parts"] = tuple(PartRecord.parse(part) for part in fields["parts"])
         return cls(**fields)
 
 

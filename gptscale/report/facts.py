@@ -120,7 +120,7 @@ def read_facts(folder: Path) -> Facts | None:
         if values["format_version"] != FORMAT_VERSION:
             return None
         values["data"] = tuple(
-            DataCard(**{**card, "parts": tuple(PartRecord(**part) for part in card["parts"])})
+            DataCard(**{**card, "parts": tuple(PartRecord.parse(part) for part in card["parts"])})
             for card in values["data"]
         )
         values["stages"] = tuple(

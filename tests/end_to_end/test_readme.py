@@ -22,9 +22,10 @@ from gptscale.config import compose as compose_module
 from gptscale.config.build import build, flat_keys
 from gptscale.config.compose import compose, group_options
 from gptscale.config.rules import check
-from gptscale.config.schema import GenerateRoot, InspectRoot, PrepareRoot, TrainRoot
+from gptscale.config.schema import ExportRoot, GenerateRoot, InspectRoot, PrepareRoot, TrainRoot
 from gptscale.model.count import parameter_count
 from gptscale.runtime import errors
+from gptscale.tokenizer.tokenizer import FILES as TOKENIZER_FILES
 from gptscale.train.resume import MAY_CHANGE
 from tests.helpers import readme
 from tests.helpers.processes import REPOSITORY
@@ -112,10 +113,18 @@ def test_another_launcher_finds_the_run_finished(outcomes: dict[str, Outcome], l
 
 
 def test_a_run_goes_on_longer_and_on_another_layout(outcomes: dict[str, Outcome]) -> None:
-    longer = outcome(outcomes, "gptscale", "train", "parallel=plain")
+    longer = outcome(outcomes, "gptscale", "train", "parallel=plain", "train.steps=80")
     assert "from step 60" in longer.stderr
     steps = [line["step"] for line in read_metrics(longer.folder / "runs/tiny") if "train/loss" in line]
     assert steps == list(range(1, 81))
+
+
+def test_a_run_goes_on_with_another_stage(outcomes: dict[str, Outcome]) -> None:
+    staged = [ran for command, ran in outcomes.items() if "run.name=staged" in command]
+    assert len(staged) == 2
+    lines = [line for line in read_metrics(staged[1].folder / "runs/staged") if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert lines[-1]["tokens"] == 60 * lines[0]["tokens"], "steps keep their tokens"
 
 
 def test_help_lists_every_key(outcomes: dict[str, Outcome]) -> None:
@@ -155,6 +164,9 @@ def test_every_command_composes(command: str) -> None:
     if started.verb == "inspect":  # composes nothing: subjects, and keys of its own
         build(InspectRoot, {word.partition("=")[0]: True for word in started.arguments if "=" in word})
         return
+    if started.verb == "export":
+        build(ExportRoot, dict(word.split("=", 1) for word in started.arguments))
+        return
     settings: object = compose(started.verb, SCHEMAS[started.verb], started.arguments).settings
     if started.verb == "train":
         assert isinstance(settings, TrainRoot)
@@ -188,6 +200,8 @@ def test_inline_keys_options_and_files_exist() -> None:
     keys, groups = flat_keys(TrainRoot), {path.name for path in (REPOSITORY / "conf").iterdir() if path.is_dir()}
     seen = {"key": 0, "setting": 0, "file": 0, "target": 0}
     for code in readme.inline_code():
+        if code in TOKENIZER_FILES:
+            continue
         if re.fullmatch(r"\w+\.\w+", code) and code.partition(".")[0] in keys:
             assert code in keys, f"no key {code}"
             seen["key"] += 1
