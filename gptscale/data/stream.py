@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,20 @@ from gptscale.topology import BatchSplit
 
 _STEPS_AHEAD = 4
 _WINDOW = 4096
+
+
+class Traced(NamedTuple):
+    """Where a sample comes from."""
+
+    corpus: Corpus
+    epoch: int
+    """How often all of the corpus was read before, from 0."""
+    sample: int
+    """Of the corpus, from 0."""
+    shard: int
+    """Its number in the manifest."""
+    stretches: tuple[tuple[int, int], ...]
+    """What it is made of, in order: first token in the shard, and tokens."""
 
 
 class TrainingStream:
@@ -91,6 +105,15 @@ class TrainingStream:
             of_corpus = located.corpus == number
             out_NT[of_corpus] = self._readers[number].read(located.sample[of_corpus])[0]
         return out_NT
+
+    def trace(self, positions: Ints) -> list[Traced]:
+        """Where each sample comes from: for whoever looks at a step. Slower than reading it."""
+        found = self._located(positions)
+        traced = []
+        for number, epoch, sample in np.stack([found.corpus, found.epoch, found.sample], axis=1).tolist():
+            reader = self._readers[number]
+            traced.append(Traced(reader.corpus, epoch, sample, *reader.stretches(sample)))
+        return traced
 
     def starts(self, inputs_BT: npt.NDArray[Any]) -> torch.Tensor | None:
         """Where documents begin in these inputs, as `Batch.starts_BT` has it; None without document masks."""

@@ -106,10 +106,17 @@ class Corpora:
 def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
     """Open and check all prepared text. Raises UserError naming what is missing or damaged."""
     folders = corpus_configs(settings)
-    length = settings.data.sequence_length
-    stream = TrainingStream(folders, length, settings.run.seed, settings.data.verify, settings.data.document_mask)
+    stream = open_stream(settings)
     heldout = tuple(open_heldout(settings, folders, stream, ranks))
     return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path))
+
+
+def open_stream(settings: TrainRoot) -> TrainingStream:
+    """The training samples of a run: position → row, whatever the ranks. Raises UserError."""
+    data = settings.data
+    return TrainingStream(
+        corpus_configs(settings), data.sequence_length, settings.run.seed, data.verify, data.document_mask
+    )
 
 
 def open_heldout(
