@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptscale.data.corpus import Corpus
-from gptscale.data.shards import END_DTYPE, SPLITS, TOKENIZER, Manifest, PartRecord, file_xxh3_128
+from gptscale.data.shards import END_DTYPE, SPLITS, Manifest, PartRecord, file_xxh3_128
 from gptscale.flow import Shard
 from gptscale.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def of_lengths(folder: Path, shards: Sequence[npt.NDArray[np.int64]], tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
     if tokenizer is not None:
-        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+        (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
     manifests = []
     for split in SPLITS:
         (folder / split).mkdir()
