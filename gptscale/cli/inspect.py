@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gptscale.runtime.errors import EXIT_DONE, UserError
 EXAMPLE = "name a run (runs/NAME), a checkpoint in it, or a prepared folder: gptscale inspect runs/tiny"
 WIDTHS = 40, 100, 160
 """Letters: at least, where nobody knows, and at most."""
+WITH_STEP = ("rank", "ranks", "limit", "global_batch", "sequence_length", "seed")
 
 
 def help_text() -> str:
@@ -20,10 +22,12 @@ def help_text() -> str:
 
     return settings_help(
         "inspect",
-        "a run, two runs, a checkpoint or prepared text → state, curves, differences",
+        "a run, two runs, a checkpoint or prepared text → state, curves, differences, what is in it",
         InspectRoot,
         "gptscale inspect runs/tiny\n  gptscale inspect runs/tiny runs/other\n"
-        "  gptscale inspect runs/tiny/checkpoints/step-00000060 verify=true",
+        "  gptscale inspect runs/tiny step=120 rank=1\n"
+        "  gptscale inspect runs/tiny/checkpoints/step-00000060 verify=true\n"
+        "  gptscale inspect corpora/mine html=card.html",
     )
 
 
@@ -32,20 +36,22 @@ def run(arguments: Sequence[str]) -> int:
     least, unknown, most = WIDTHS
     width = max(least, min(most, shutil.get_terminal_size((unknown, 24)).columns))
     if len(subjects) == 2:
+        refuse(settings, ("verify", "html", "step"), "two runs are compared", "name one subject, or leave it out")
         print(two_runs(subjects[0], subjects[1], width))
     else:
-        one_subject(subjects[0], settings.verify, width)
+        one_subject(subjects[0], settings, width)
     return EXIT_DONE
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[Path], InspectRoot]:
     """Subjects and settings apart. A path may hold a `=` where something is there."""
+    hints = typing.get_type_hints(InspectRoot)
     values: dict[str, object] = {}
     subjects = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and not Path(argument).exists():
-            values[key] = {"true": True, "false": False}.get(value.lower(), value)
+            values[key] = value if hints.get(key) == str | None else _value(value)
         else:
             subjects.append(Path(argument))
     settings = build(InspectRoot, values, "")
@@ -56,30 +62,89 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], InspectRoot]:
     for subject in subjects:
         if not subject.exists():
             raise UserError(f"{subject}: there is no such folder\n{EXAMPLE}")
+    if settings.step is None:
+        refuse(settings, WITH_STEP, "no step is named", "set step=…, or leave it out")
+    if settings.limit < 0:
+        raise UserError(f"limit={settings.limit} is below 0\nset limit=0 for all samples, or a number of them")
     return subjects, settings
 
 
-def one_subject(path: Path, verify: bool, width: int) -> None:
+def _value(text: str) -> object:
+    """A switch or a number where it reads as one; 1e6 is how people write a million."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def refuse(settings: InspectRoot, keys: Sequence[str], what: str, fix: str) -> None:
+    """Raises UserError for the first of `keys` that is set."""
+    for key in keys:
+        if getattr(settings, key) != getattr(InspectRoot(), key):
+            value = str(getattr(settings, key))
+            shown = value.lower() if value in ("True", "False") else value
+            raise UserError(f"{key}={shown} has no effect: {what}\n{fix}")
+
+
+def one_subject(path: Path, settings: InspectRoot, width: int) -> None:
     """Print it. Raises UserError where it is damaged, or nothing that is known here."""
-    from gptscale.report.record import is_run, read_run
+    from gptscale.report.record import is_run
 
     if is_run(path):
-        from gptscale.report.run_text import run_text
-
-        refuse_verify(verify, "name a checkpoint of the run, runs/NAME/checkpoints/step-…")
-        print(run_text(read_run(path), width))
+        one_run(path, settings, width)
         return
     from gptscale.report.checkpoint_text import is_checkpoint
 
     if is_checkpoint(path):
-        one_checkpoint(path, verify)
+        refuse(settings, ("html", "step"), f"{path} is a checkpoint", "name a run or prepared text, or leave it out")
+        one_checkpoint(path, settings.verify)
         return
-    from gptscale.report.data_text import data_text, is_prepared  # imports sentencepiece
+    from gptscale.report.data_summary import is_prepared  # imports sentencepiece
 
     if not is_prepared(path):
         raise UserError(f"{path}: no run, checkpoint or prepared text\n{EXAMPLE}")
-    refuse_verify(verify, "prepared text is verified by data.verify=true when a training starts")
-    print(data_text(path))
+    prepared_text(path, settings, width)
+
+
+def one_run(path: Path, settings: InspectRoot, width: int) -> None:
+    """Print how it stands, or the samples of one of its steps."""
+    refuse(settings, ("html",), f"a run has a page, {path / 'report.html'}", "leave it out")
+    if settings.step is not None:
+        from gptscale.cli.inspect_step import step_of_run  # imports torch
+
+        step_of_run(path, settings, width)
+        return
+    from gptscale.report.record import read_run
+    from gptscale.report.run_text import run_text
+
+    refuse(settings, ("verify",), f"{path} is a run", f"name a checkpoint of it, {path}/checkpoints/step-…")
+    print(run_text(read_run(path), width))
+
+
+def prepared_text(path: Path, settings: InspectRoot, width: int) -> None:
+    """Print what is in it, and write the page that is asked for; then raise UserError naming what is damaged."""
+    if settings.step is not None:
+        from gptscale.cli.inspect_step import step_of_text  # imports torch
+
+        refuse(settings, ("html",), "the samples of a step are for the terminal", "leave html or step out")
+        step_of_text(path, settings, width)
+        return
+    from gptscale.report.data_summary import read_summary
+    from gptscale.report.data_text import data_text
+
+    data = read_summary(path, settings.verify)
+    print(data_text(data, width), flush=True)
+    if settings.html is not None:
+        from gptscale.report.card_page import write_card
+
+        write_card(Path(settings.html), data)
+        print(f"\npage: {settings.html}")
+    if data.damage is not None:
+        raise data.damage
 
 
 def one_checkpoint(path: Path, verify: bool) -> None:
@@ -113,8 +178,3 @@ def two_runs(a: Path, b: Path, width: int) -> str:
         if not is_run(path):
             raise UserError(f"{path} is no run, and only runs are compared\nname two run folders, runs/NAME")
     return comparison_text(read_run(a), read_run(b), width)
-
-
-def refuse_verify(verify: bool, fix: str) -> None:
-    if verify:
-        raise UserError(f"verify=true is for checkpoints\n{fix}")

@@ -451,7 +451,23 @@ class InspectRoot:
     """What `gptscale inspect` reads."""
 
     verify: bool = False
-    """Of a checkpoint: read every byte and compare it with its checksum."""
+    """Of a checkpoint or prepared text: read every byte and compare it with its checksum."""
+    html: str | None = None
+    """Of prepared text: write what is said to this file too, as a page."""
+    step: int | None = None
+    """Of a run: the samples that this optimizer step takes. Of prepared text too, with the settings below."""
+    rank: int | None = None
+    """With `step`: the samples of this rank alone."""
+    ranks: int | None = None
+    """With `step`: how many ranks there are. Default: as many as the run had at that step; 1 for prepared text."""
+    limit: int = 4
+    """With `step`: most samples to show; 0 is all."""
+    global_batch: int | None = None
+    """With `step` of prepared text, as `train.global_batch`."""
+    sequence_length: int | None = None
+    """With `step` of prepared text, as `data.sequence_length`."""
+    seed: int | None = None
+    """With `step` of prepared text, as `run.seed`. Default: 0."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ class PackedRowReader:
             used[row] = place
         return Rows(tokens_NT1, used, starts_NT1)
 
+    def stretches(self, number: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Where a row lies: its shard's number in the manifest, and the first token and length of each piece."""
+        shard = int(np.searchsorted(self._first_row, number, side="right")) - 1
+        pieces = self._pieces(shard, number - int(self._first_row[shard]))
+        return shard, tuple((start, size) for start, size in pieces)
+
     def close(self) -> None:
         self._tokens.close()
         while self._plans:

@@ -73,6 +73,12 @@ class RowReader:
             out_NT[row, count:] = self.corpus.manifest.end_of_text
         return out_NT, tokens - 1
 
+    def stretches(self, number: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Where a whole row lies: its shard's number in the manifest, and of each stretch of tokens in it the first
+        token and how many there are."""
+        shard = int(np.searchsorted(self._first_row, number, side="right")) - 1
+        return shard, (((number - int(self._first_row[shard])) * self._length, self._length + 1),)
+
     def places(self, rows: Ints) -> Ints:
         """Where in the split's tokens, all shards together, each row begins [N]."""
         shard = np.searchsorted(self._first_row, rows, side="right") - 1

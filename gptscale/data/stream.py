@@ -38,6 +38,20 @@ _STEPS_AHEAD = 4
 _WINDOW = 4096
 
 
+class Traced(NamedTuple):
+    """Where a sample comes from."""
+
+    corpus: Corpus
+    epoch: int
+    """How often all of the corpus was read before, from 0."""
+    sample: int
+    """Of the corpus, from 0."""
+    shard: int
+    """Its number in the manifest."""
+    stretches: tuple[tuple[int, int], ...]
+    """What it is made of, in order: first token in the shard, and tokens."""
+
+
 class TrainingStream:
     """The endless sequence of training samples: position → row, the same for every rank and layout."""
 
@@ -115,6 +129,15 @@ class TrainingStream:
             if part.used is not None and part.starts is not None:
                 used[of_corpus], starts[of_corpus] = part.used, part.starts
         return Rows(tokens, used, starts) if self._packed else Rows(tokens)
+
+    def trace(self, positions: Ints) -> list[Traced]:
+        """Where each sample comes from: for whoever looks at a step. Slower than reading it."""
+        found = self._located(positions)
+        traced = []
+        for number, epoch, sample in np.stack([found.corpus, found.epoch, found.sample], axis=1).tolist():
+            reader = self._readers[number]
+            traced.append(Traced(reader.corpus, epoch, sample, *reader.stretches(sample)))
+        return traced
 
     def close(self) -> None:
         for reader in self._readers.values():

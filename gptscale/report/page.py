@@ -34,15 +34,21 @@ def render(run: RunRecord, now: datetime) -> str:
         ("environment", "Environment", sections.environment(run)),
         ("settings", "Settings", sections.settings(run)),
     ]
+    return page(run.name, _standing(run), sections.headline(run), parts, now)
+
+
+def page(name: str, lead: str, headline: str, parts: Sequence[tuple[str, str, str]], now: datetime) -> str:
+    """A whole page. `name` is text; `lead` and `headline` are HTML, and so is the body of each of `parts`, which are
+    (identity, title, body). Parts without a body are left out."""
     shown = [part for part in parts if part[2]]
-    name = escape(run.name)
+    name = escape(name)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # A page opened as a file asks for no icon; one that a server hands out would.
         '<link rel="icon" href="data:,">'
         f"<title>{name} · gptscale</title><style>{style_sheet()}</style></head>\n<body>"
-        f"<header><h1>{name}</h1>{_standing(run)}{_navigation(shown)}{sections.headline(run)}</header>\n<main>"
+        f"<header><h1>{name}</h1>{lead}{_navigation(shown)}{headline}</header>\n<main>"
         + "\n".join(f'<section id="{key}"><h2>{title}</h2>{body}</section>' for key, title, body in shown)
         + f"</main>\n<footer>Written {now:%Y-%m-%d %H:%M:%S} UTC by gptscale {__version__}.</footer></body></html>\n"
     )

@@ -13,7 +13,7 @@ from gptscale.report.curves import smoothed, smoothing_window
 from gptscale.report.facts import DataCard
 from gptscale.report.record import RunRecord, Sample
 from gptscale.report.svg import Chart, figure, shares_bar, square
-from gptscale.report.tables import Cell, Markup, pairs, table
+from gptscale.report.tables import Cell, Markup, pairs, table, tiles
 from gptscale.report.units import count, duration, fixed, flops, percent, short, size
 
 MOST_SAMPLES = 5
@@ -24,30 +24,30 @@ PART_COLOURS = {"data": 4, "forward and backward": 0, "update": 1, "save": 2, "e
 
 def headline(run: RunRecord) -> str:
     """The figures that one looks at first."""
-    tiles: list[tuple[str, str, str]] = []
+    shown: list[tuple[str, str, str]] = []
     if run.latest is not None and run.latest.scores:
         name, score = next(iter(run.latest.scores.items()))
         of = "" if len(run.set_names) == 1 else f" of {name}"
-        tiles.append((f"Held-out loss{of}", fixed(score.loss, 4), "nats a token"))
-        tiles.append((f"Bits a byte{of}", fixed(score.bits_per_byte, 4), "held-out"))
+        shown.append((f"Held-out loss{of}", fixed(score.loss, 4), "nats a token"))
+        shown.append((f"Bits a byte{of}", fixed(score.bits_per_byte, 4), "held-out"))
     if len(run.steps):
         loss = run.steps.column("train/loss")
         window = smoothing_window(len(run.steps))
         last = smoothed(loss, window)
         last = last[np.isfinite(last)]
         over = f"nats a token, last {window} steps" if window > 1 else "nats a token"
-        tiles.append(("Training loss", fixed(float(last[-1]) if len(last) else None, 4), over))
+        shown.append(("Training loss", fixed(float(last[-1]) if len(last) else None, 4), over))
     a_parameter = f"{run.tokens / run.facts.parameters:.3g} a parameter" if run.facts else ""
-    tiles.append(("Tokens", short(run.tokens), a_parameter))
+    shown.append(("Tokens", short(run.tokens), a_parameter))
     if run.seconds is not None:
-        tiles.append(("Time of training", duration(run.seconds.total), _time_left(run)))
+        shown.append(("Time of training", duration(run.seconds.total), _time_left(run)))
     if run.tokens_per_sec is not None:
-        tiles.append(("Throughput", short(run.tokens_per_sec), "tokens a second"))
+        shown.append(("Throughput", short(run.tokens_per_sec), "tokens a second"))
     mfu = run.mfu
-    tiles.append(("MFU", "unknown" if mfu is None else f"{100 * mfu:.1f} %", _peak(run)))
+    shown.append(("MFU", "unknown" if mfu is None else f"{100 * mfu:.1f} %", _peak(run)))
     if run.peak_bytes is not None:
-        tiles.append(("Peak memory", size(run.peak_bytes), "of rank 0"))
-    return '<dl class="tiles">' + "".join(_tile(*tile) for tile in tiles) + "</dl>"
+        shown.append(("Peak memory", size(run.peak_bytes), "of rank 0"))
+    return tiles(shown)
 
 
 def loss(run: RunRecord) -> str:
@@ -162,11 +162,6 @@ def settings(run: RunRecord) -> str:
 
 def _charts(charts: Sequence[Chart]) -> str:
     return f'<div class="charts">{"".join(figure(chart) for chart in charts)}</div>' if charts else ""
-
-
-def _tile(name: str, value: str, unit: str) -> str:
-    said = f'<dd class="unit">{escape(unit)}</dd>' if unit else ""
-    return f'<div><dt>{escape(name)}</dt><dd class="figure">{escape(value)}</dd>{said}</div>'
 
 
 def _time_left(run: RunRecord) -> str:

@@ -21,6 +21,15 @@ MARK = 4.0
 
 
 @dataclass(frozen=True)
+class Bar:
+    """From 0 up to `value`, over x from `low` to `high`."""
+
+    low: float
+    high: float
+    value: float
+
+
+@dataclass(frozen=True)
 class Chart:
     """One drawing. `identity` is unique on its page."""
 
@@ -40,6 +49,10 @@ class Chart:
     """x of updates that were left out because the gradient was not finite."""
     explains_events: bool = False
     """Whether its key says what the two are: it need not be said under every chart of a page."""
+    bars: Sequence[Bar] = field(default=())
+    """Of a histogram, which has no curves."""
+    colour: int = 0
+    """Of the bars."""
 
 
 def figure(chart: Chart) -> str:
@@ -61,7 +74,8 @@ def draw(chart: Chart) -> str:
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{title} {description}">'
         f'<title id="{title}">{escape(chart.title)}</title><desc id="{description}">{escape(chart.description)}</desc>'
-        f"{_axes(chart)}{_events(chart)}{''.join(_curve(chart, curve) for curve in chart.curves)}</svg>"
+        f"{_axes(chart)}{_bars(chart)}{_events(chart)}"
+        f"{''.join(_curve(chart, curve) for curve in chart.curves)}</svg>"
     )
 
 
@@ -90,12 +104,29 @@ def _axes(chart: Chart) -> str:
     return "".join(parts)
 
 
+def _bars(chart: Chart) -> str:
+    """One unit of air between neighbours; what is above 0 is at least a unit high, so that it is seen."""
+    parts = []
+    base = HEIGHT - BOTTOM
+    for bar in chart.bars:
+        left, right = _across(chart.x, np.array([bar.low, bar.high])).tolist()
+        height = max(1.0, base - float(_up(chart.y, np.array(bar.value)))) if bar.value > 0 else 0.0
+        if height:
+            parts.append(
+                f'<rect class="part c{chart.colour % COLOURS}" x="{left + 0.5:.1f}" y="{base - height:.1f}" '
+                f'width="{max(1.0, right - left - 1):.1f}" height="{height:.1f}"/>'
+            )
+    return "".join(parts)
+
+
 def _power(unit: float) -> str:
     digits = str(round(-math.log10(unit))).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"10⁻{digits}"
 
 
 def _texts(axis: Axis) -> list[str]:
+    if axis.log and min(axis.ticks, default=0) >= 1:  # 100, 1,000, 10k: each in the form that suits it
+        return [text for tick in axis.ticks for text in tick_texts([tick])]
     return tick_texts([tick / axis.unit for tick in axis.ticks])
 
 

@@ -43,6 +43,16 @@ def pairs(rows: Sequence[tuple[str, Cell]]) -> str:
     return f'<table class="facts"><tbody>{body}</tbody></table>'
 
 
+def tiles(figures: Sequence[tuple[str, str, str]]) -> str:
+    """Large figures beside each other: what each is called, its value, and its unit or what else is to be said."""
+
+    def tile(name: str, value: str, unit: str) -> str:
+        said = f'<dd class="unit">{escape(unit)}</dd>' if unit else ""
+        return f'<div><dt>{escape(name)}</dt><dd class="figure">{escape(value)}</dd>{said}</div>'
+
+    return f'<dl class="tiles">{"".join(tile(*figure) for figure in figures)}</dl>'
+
+
 def _fit(value: Cell) -> str:
     """Words of a few letters stay on a line; long ones get room to wrap in."""
     if isinstance(value, Markup) or len(value) <= 26:

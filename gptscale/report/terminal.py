@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from gptscale.report.curves import Floats, tick_texts, x_axis, y_axis
 # Braille patterns: 2 × 4 dots a letter (Unicode 16.0, chapter 21.1). Bit of a dot by its column and row from the top.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _BARS = "▁▂▃▄▅▆▇█"
+_PARTS = " ▏▎▍▌▋▊▉"
 LABEL = 8
 """Letters left of a chart."""
 
@@ -113,3 +115,30 @@ def printable(text: str, most: int) -> str:
     """One line without what would move a terminal's cursor or colour it."""
     line = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def visible(text: str) -> str:
+    """Text with everything escaped that would move a cursor, change a colour or turn the direction of writing.
+
+    `\\x1b`, `\\u202e`, … as Python writes them; what ends a line too. Spaces of any kind become a plain one.
+    """
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    if unicodedata.category(letter) == "Zs":
+        return " "
+    return letter.encode("unicode_escape").decode()
+
+
+def text_lines(text: str, width: int, most: int) -> list[str]:
+    """The first `most` lines of a text that are not empty, each `visible` and cut to `width` letters."""
+    lines = (line.expandtabs(4).rstrip() for line in text.replace("\r\n", "\n").split("\n"))
+    shown = [visible(line) for line in lines if line][:most]
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in shown]
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of at most `width` letters, in eighths of one; what is above 0 shows."""
+    eighths = max(round(share * width * 8), 1 if share > 0 else 0)
+    return "█" * (eighths // 8) + (_PARTS[eighths % 8] if eighths % 8 else "")

@@ -32,6 +32,11 @@ def percent(share: float) -> str:
     return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 
+def a_token(text_bytes: int, tokens: int) -> str:
+    """Bytes of text a token stands for."""
+    return f"{text_bytes / tokens:.2f}" if tokens and text_bytes else "–"
+
+
 def size(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"

@@ -112,21 +112,9 @@ class Corpora:
 def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
     """Open and check all prepared text. Raises UserError naming what is missing or damaged."""
     folders = corpus_configs(settings)
-    data, stages = settings.data, stage_texts(settings, folders)
-    stream = TrainingStream(
-        folders,
-        data.sequence_length,
-        settings.run.seed,
-        data.verify,
-        data.document_mask,
-        shuffle_of(data),
-        stages,
-        exact=data.mixture == "exact",
-        packed=data.packing == "best_fit",
-        boundary_loss=data.boundary_loss,
-    )
+    stream = open_stream(settings)
     heldout = tuple(open_heldout(settings, folders, stream, ranks))
-    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), stages)
+    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), stage_texts(settings, folders))
 
 
 def stage_texts(settings: TrainRoot, folders: tuple[CorpusConfig, ...]) -> tuple[StageText, ...]:
@@ -138,6 +126,23 @@ def stage_texts(settings: TrainRoot, folders: tuple[CorpusConfig, ...]) -> tuple
         seed = seed if stage.seed is None else stage.seed
         found.append(StageText(start.samples, corpora, start.sequence_length, seed, f"data.stages[{number}]"))
     return tuple(found)
+
+
+def open_stream(settings: TrainRoot) -> TrainingStream:
+    """The training samples of a run: position → row, whatever the ranks. Raises UserError."""
+    data, folders = settings.data, corpus_configs(settings)
+    return TrainingStream(
+        folders,
+        data.sequence_length,
+        settings.run.seed,
+        data.verify,
+        data.document_mask,
+        shuffle_of(data),
+        stage_texts(settings, folders),
+        exact=data.mixture == "exact",
+        packed=data.packing == "best_fit",
+        boundary_loss=data.boundary_loss,
+    )
 
 
 def open_heldout(

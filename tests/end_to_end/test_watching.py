@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gptscale.cli.main import main
 from gptscale.config.rules import source_names
 from gptscale.config.schema import CorpusConfig, DataConfig, GenerateConfig, SourceConfig, TokenizerConfig
 from tests.helpers import ranks
@@ -198,7 +199,7 @@ def generated(run: Path) -> list[str]:
     return generate(trained.model, trained.tokenizer, ["the model", ""], config)
 
 
-def test_a_step_says_where_its_time_goes(corpus: Path, tmp_path: Path) -> None:
+def test_a_step_says_where_its_time_goes(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_training([*small_run(corpus, tmp_path / "run"), *PLAIN], 1, tmp_path)
     steps = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
     for line in steps:
@@ -212,6 +213,11 @@ def test_a_step_says_where_its_time_goes(corpus: Path, tmp_path: Path) -> None:
     assert "mfu unknown" in log
     assert "of a peak that is not known" in log
     assert " GiB  0:00 left" in log
+    for step in (1, 7, 12):  # what the run recorded of its samples is what is told of them afterwards
+        assert main(["inspect", str(tmp_path / "run"), f"step={step}", "rank=0", "limit=1"]) == 0
+        said = capsys.readouterr().out
+        assert "equal to what the run recorded" in said
+        assert f"rank 0 of 1 takes positions {8 * (step - 1)} to {8 * step - 1}\n" in said
 
 
 def test_sources_have_names_of_their_own() -> None:

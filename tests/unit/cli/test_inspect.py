@@ -158,14 +158,6 @@ def test_a_damaged_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[st
     assert "is missing, so this is no complete checkpoint" in err
 
 
-def test_prepared_text(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = inspected(capsys, corpus)
-    assert f"{corpus}: prepared text, a vocabulary of 384 pieces" in out
-    splits = {line.split()[0]: line.split() for line in out.splitlines() if line.strip().startswith(("train ", "held"))}
-    assert int(splits["train"][2].replace(",", "")) + int(splits["heldout"][2].replace(",", "")) == 400
-    assert "made for the test" in out
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -176,6 +168,10 @@ def test_prepared_text(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None
         ([".", "."], ". is no run, and only runs are compared"),
         ([".", "verfy=true"], "there is no setting 'verfy'"),
         ([".", "verify=maybe"], "verify must be true or false"),
+        ([".", "step=1.5"], "step must be a whole number, not 1.5"),
+        ([".", "step=1", "limit=-1"], "limit=-1 is below 0"),
+        ([".", "rank=1"], "rank=1 has no effect: no step is named"),
+        ([".", ".", "html=a.html"], "html=a.html has no effect: two runs are compared"),
     ],
 )
 def test_mistakes(
@@ -192,9 +188,20 @@ def test_mistakes(
     assert len(err.splitlines()) == 2
 
 
-def test_verify_is_for_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, err = inspected(capsys, write_run(tmp_path / "run", 2), "verify=true", code=2)
-    assert err.startswith("verify=true is for checkpoints")
+def test_settings_of_other_subjects(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Are refused: nobody should believe that a run was verified."""
+    run = write_run(tmp_path / "run-{0}", 2)
+    for arguments, says in (
+        ([run, "verify=true"], f"verify=true has no effect: {run} is a run"),
+        ([run, "html=page.html"], f"html=page.html has no effect: a run has a page, {run / 'report.html'}"),
+        ([checkpoint, "html=page.html"], f"html=page.html has no effect: {checkpoint} is a checkpoint"),
+        ([checkpoint, "step=3"], f"step=3 has no effect: {checkpoint} is a checkpoint"),
+        ([run, run, "verify=true"], "verify=true has no effect: two runs are compared"),
+    ):
+        out, err = inspected(capsys, *arguments, code=2)
+        assert out == ""
+        assert err.startswith(says), err
+        assert len(err.splitlines()) == 2
 
 
 def test_a_run_is_shown_without_torch_or_hydra(tmp_path: Path) -> None:
