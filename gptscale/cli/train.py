@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         ensure_prepared(settings.data, settings.tokenizer, prepare_progress())
     else:
         check_prepared(settings.data)
-    check_heldout(settings.evaluation)
+    check_heldout(settings.data, settings.evaluation)
     assert settings.run.dir is not None
     return launch_local(
         "gptscale.train",
@@ -53,17 +53,20 @@ def threads_per_rank(launch: LaunchConfig) -> int:
 
 def check_prepared(data: DataConfig) -> None:
     """Refuse a `data.path` that ranks could not train on, before any is started or a run folder made."""
-    from gptscale.data.corpus import open_split
+    from gptscale.data.remote import cache_for, open_corpus
 
     assert data.path is not None
-    for folder in [data.path] if isinstance(data.path, str) else [corpus.path for corpus in data.path]:
-        open_split(Path(folder), "train")
-        open_split(Path(folder), "heldout")
+    paths = [data.path] if isinstance(data.path, str) else [corpus.path for corpus in data.path]
+    cache = cache_for(data, paths)
+    for path in paths:
+        open_corpus(path, "train", cache=cache)
+        open_corpus(path, "heldout", cache=cache)
 
 
-def check_heldout(evaluation: EvaluationConfig) -> None:
+def check_heldout(data: DataConfig, evaluation: EvaluationConfig) -> None:
     """The same of `evaluation.sets`."""
-    from gptscale.data.corpus import open_split
+    from gptscale.data.remote import cache_for, open_corpus
 
+    cache = cache_for(data, [chosen.path for chosen in evaluation.sets])
     for chosen in evaluation.sets:
-        open_split(Path(chosen.path), "heldout")
+        open_corpus(chosen.path, "heldout", cache=cache)

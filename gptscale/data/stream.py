@@ -21,9 +21,13 @@ import xxhash
 
 from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
-from gptscale.data.corpus import Corpus, open_split
+from gptscale.data.cache import ShardCache, Wanted
 from gptscale.data.order import ALGORITHM, Ints, Located, SampleOrder
-from gptscale.data.rows import RowReader, document_starts
+from gptscale.data.read_ahead import ReadAhead
+from gptscale.data.remote import AnyCorpus, open_corpus
+from gptscale.data.remote_rows import RemoteRowReader, row_reader
+from gptscale.data.rows import document_starts
+from gptscale.data.transfer import Check, go_on
 from gptscale.flow import Batch
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
@@ -42,14 +46,15 @@ class TrainingStream:
         seed: int,
         verify: bool = False,
         document_mask: bool = False,
+        cache: ShardCache | None = None,
     ) -> None:
         """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError.
 
-        With `document_mask` batches say where documents begin.
+        With `document_mask` batches say where documents begin. `cache` is for corpora at an address.
         """
-        opened = [open_split(Path(corpus.path), "train", verify) for corpus in corpora]
+        opened = [open_corpus(corpus.path, "train", verify, cache) for corpus in corpora]
         _refuse_mixed_tokenizers(opened)
-        self._readers = [RowReader(corpus, sequence_length) for corpus in opened]
+        self._readers = [row_reader(corpus, sequence_length) for corpus in opened]
         for corpus, reader in zip(opened, self._readers, strict=True):
             if reader.count == 0:
                 raise UserError(
@@ -92,6 +97,27 @@ class TrainingStream:
             out_NT[of_corpus] = self._readers[number].read(located.sample[of_corpus])[0]
         return out_NT
 
+    def wanted(self, positions: Ints) -> list[Wanted]:
+        """The shards in stores that hold the samples at `positions`, each once."""
+        located = self._located(positions)
+        return [
+            wanted
+            for number, reader in enumerate(self._readers)
+            if isinstance(reader, RemoteRowReader)
+            for wanted in reader.wanted(located.sample[located.corpus == number])
+        ]
+
+    def check_while_waiting(self, check: Check) -> None:
+        """Ask `check` from now on while a shard of a store is waited for; what it raises ends that."""
+        for reader in self._readers:
+            if isinstance(reader, RemoteRowReader):
+                reader.check = check
+
+    @property
+    def cache(self) -> ShardCache | None:
+        """Where shards of stores come to; None where all corpora are here."""
+        return next((one.corpus.cache for one in self._readers if isinstance(one, RemoteRowReader)), None)
+
     def starts(self, inputs_BT: npt.NDArray[Any]) -> torch.Tensor | None:
         """Where documents begin in these inputs, as `Batch.starts_BT` has it; None without document masks."""
         return torch.from_numpy(document_starts(inputs_BT, self.end_of_text)) if self.document_mask else None
@@ -113,7 +139,7 @@ class TrainingStream:
         ).take(which * _WINDOW + positions % _WINDOW)
 
 
-def _refuse_mixed_tokenizers(opened: list[Corpus]) -> None:
+def _refuse_mixed_tokenizers(opened: list[AnyCorpus]) -> None:
     first = opened[0]
     for corpus in opened[1:]:
         if corpus.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
@@ -133,6 +159,10 @@ def sample_hash(positions: Ints, rows_NT: npt.NDArray[Any]) -> int:
     packed[:, :8] = positions.astype("<u8")[:, None].view(np.uint8)
     packed[:, 8:] = np.ascontiguousarray(rows_NT, dtype="<u4").view(np.uint8)
     return sum(xxhash.xxh3_64_intdigest(one.data) for one in packed) % (1 << 64)
+
+
+class _ClosedError(Exception):
+    """The feed was closed while its thread was at work."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +194,10 @@ class StepFeed(Iterator[StepData]):
         self._ready: queue.Queue[tuple[int, list[Batch], int] | BaseException] = queue.Queue(_STEPS_AHEAD)
         self._stop = threading.Event()
         self._failure: BaseException | None = None
+        stream.check_while_waiting(self._check)
+        cache = stream.cache
+        upcoming = (stream.wanted(self._positions(at)) for at in self._starts(start))
+        self._ahead = None if cache is None else ReadAhead(cache, upcoming)
         self._thread = threading.Thread(target=self._work, args=(start,), daemon=True, name="training data")
         self._thread.start()
 
@@ -183,11 +217,14 @@ class StepFeed(Iterator[StepData]):
     def close(self) -> None:
         """End the thread. Steps that are ready but were not taken are dropped; they count for nothing."""
         self._stop.set()
+        if self._ahead is not None:
+            self._ahead.close()
         while self._thread.is_alive():
             try:
                 self._ready.get(timeout=0.05)
             except queue.Empty:
                 continue
+        self._stream.check_while_waiting(go_on)
 
     def __enter__(self) -> StepFeed:
         return self
@@ -197,16 +234,32 @@ class StepFeed(Iterator[StepData]):
 
     def _work(self, start: int) -> None:
         try:
-            while not self._stop.is_set():
-                self._ready.put(self._step(start))
-                start += self._plan.batch(start)
+            for at in self._starts(start):
+                self._check()
+                if self._ahead is not None:
+                    self._ahead.reached()
+                self._ready.put(self._step(at))
         except BaseException as error:
             self._ready.put(error)
 
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise _ClosedError
+
+    def _starts(self, start: int) -> Iterator[int]:
+        """Where the steps from `start` on begin."""
+        while True:
+            yield start
+            start += self._plan.batch(start)
+
+    def _positions(self, start: int) -> Ints:
+        """Of this rank's samples in the step that begins at `start`."""
+        rows = self._split.of(self._plan.batch(start)).rows(self._data_rank)
+        return np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
+
     def _step(self, start: int) -> tuple[int, list[Batch], int]:
         split = self._split.of(self._plan.batch(start))
-        rows = split.rows(self._data_rank)
-        positions = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
+        positions = self._positions(start)
         rows_NT = self._stream.rows(positions)
         size, length = split.micro_batch, self._plan.length(start)
         microbatches = [self._batch(rows_NT[first : first + size], length) for first in range(0, len(rows_NT), size)]

@@ -8,16 +8,18 @@ import os
 import platform
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from gptscale.checkpoint.trained import COMPUTE_TYPES
 from gptscale.config.rules import source_names
 from gptscale.config.schema import CorpusConfig, DataConfig, PrecisionConfig, TrainRoot
+from gptscale.data.cache import ShardCache
 from gptscale.data.heldout import HeldoutBatches, heldout_batches, heldout_sources
 from gptscale.data.prepare import corpus_folder
+from gptscale.data.remote import cache_for
 from gptscale.data.stream import TrainingStream
+from gptscale.data.transfer import Check, go_on
 from gptscale.evaluate.heldout import HeldoutSet
 from gptscale.model.compiling import compile_blocks
 from gptscale.model.gpt import GPT
@@ -93,6 +95,8 @@ class Corpora:
     heldout: tuple[HeldoutSet, ...]
     """Of these folders, in their order, and then those that `evaluation.sets` names."""
     tokenizer: Tokenizer
+    cache: ShardCache | None = None
+    """Of what lies in stores; None where nothing does."""
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -103,17 +107,28 @@ class Corpora:
         return self.stream.vocab_size
 
 
-def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
-    """Open and check all prepared text. Raises UserError naming what is missing or damaged."""
+def open_corpora(settings: TrainRoot, ranks: Ranks, check: Check = go_on) -> Corpora:
+    """Open and check all prepared text. Raises UserError naming what is missing or damaged.
+
+    `check` is asked, then and later, while something is fetched from a store.
+    """
     folders = corpus_configs(settings)
-    length = settings.data.sequence_length
-    stream = TrainingStream(folders, length, settings.run.seed, settings.data.verify, settings.data.document_mask)
-    heldout = tuple(open_heldout(settings, folders, stream, ranks))
-    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path))
+    data = settings.data
+    paths = [corpus.path for corpus in folders] + [chosen.path for chosen in settings.evaluation.sets]
+    cache = cache_for(data, paths, check)
+    stream = TrainingStream(
+        folders, data.sequence_length, settings.run.seed, data.verify, data.document_mask, cache=cache
+    )
+    heldout = tuple(open_heldout(settings, folders, stream, ranks, cache))
+    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), cache)
 
 
 def open_heldout(
-    settings: TrainRoot, folders: tuple[CorpusConfig, ...], stream: TrainingStream, ranks: Ranks
+    settings: TrainRoot,
+    folders: tuple[CorpusConfig, ...],
+    stream: TrainingStream,
+    ranks: Ranks,
+    cache: ShardCache | None,
 ) -> Iterator[HeldoutSet]:
     """Held-out text as this rank evaluates it."""
 
@@ -121,10 +136,10 @@ def open_heldout(
         limit = settings.evaluation.sequences if sequences is None else sequences
         length, micro_batch = settings.data.sequence_length, settings.train.micro_batch
         documents = settings.data.document_mask
-        return heldout_batches(Path(folder), length, micro_batch, limit, ranks.rank, ranks.size, documents, source)
+        return heldout_batches(folder, length, micro_batch, limit, ranks.rank, ranks.size, documents, source, cache)
 
     if len(folders) == 1:
-        taken = yield from by_source(folders[0].path, batches)
+        taken = yield from by_source(folders[0].path, batches, cache)
     else:
         taken = list(source_names(settings.data))
         for corpus, name, share in zip(folders, taken, stream.shares, strict=True):
@@ -144,11 +159,11 @@ def open_heldout(
 
 
 def by_source(
-    folder: str, batches: Callable[[str, int | None, str | None], HeldoutBatches]
+    folder: str, batches: Callable[[str, int | None, str | None], HeldoutBatches], cache: ShardCache | None
 ) -> Generator[HeldoutSet, None, list[str]]:
     """The held-out text of one folder: a set for each source, where it has several. Together they are what one set
     would be, and each weighs what it has of it. Returns the sources' names."""
-    sources = heldout_sources(Path(folder))
+    sources = heldout_sources(folder, cache)
     if len(sources) < 2:
         yield HeldoutSet(batches(folder, None, None), None, 1.0)
         return []
