@@ -55,11 +55,18 @@ def find_culprit(exits: Sequence[Exit]) -> Exit | None:
 
 
 def total_exit_code(exits: Sequence[Exit]) -> int:
-    """The culprit's code, 1 if a signal or a lost peer ended it; 75 where ranks stopped on request; else 0."""
+    """The culprit's code, 1 if a signal or a lost peer ended it; 75 where ranks stopped on request; else 0.
+
+    A rank that was asked to stop while it waited for data leaves its peers in the midst of a step: that is a stop too.
+    """
     culprit = find_culprit(exits)
-    if culprit is not None:
+    if culprit is not None and not (culprit.code == EXIT_LOST_PEER and _stopped(exits)):
         return EXIT_FAILED if culprit.code < 0 or culprit.code == EXIT_LOST_PEER else culprit.code
-    return EXIT_STOPPED if any(ended.code == EXIT_STOPPED for ended in exits) else EXIT_DONE
+    return EXIT_STOPPED if _stopped(exits) else EXIT_DONE
+
+
+def _stopped(exits: Sequence[Exit]) -> bool:
+    return any(ended.code == EXIT_STOPPED for ended in exits)
 
 
 def describe(culprit: Exit) -> str:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from gptscale.data.prepare import prepare
-from tests.helpers.s3 import S3, Proxy, s3_server
 from tests.helpers.text import documents, write_jsonl
 
 SMALL = TokenizerConfig(vocab_size=500)
@@ -31,18 +29,3 @@ def big_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(8):
         write_jsonl(folder / f"{number}.jsonl", texts[number * 90 : (number + 1) * 90])
     return folder
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    """A server of its own for each file of tests."""
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def proxy(s3: S3) -> Iterator[Proxy]:
-    """Between tests and server; what one test told it, the next does not meet."""
-    s3.proxy.forget()
-    yield s3.proxy
-    s3.proxy.forget()
