@@ -38,9 +38,12 @@ def find_culprit(exits: Sequence[Exit]) -> Exit | None:
     """Of the ranks' ends, in the order they came, the one that brought the others down; None where none failed.
 
     Who only lost a peer is not to blame while another can be, even one that took until after the launcher's TERM to
-    finish its traceback. Where several failed alike, rank 0 it is: the user has seen it.
+    finish its traceback; and nobody is where that peer was asked to stop while it waited for data, so that it left the
+    others in the midst of a step. Where several failed alike, rank 0 it is: the user has seen it.
     """
     failures = [ended for ended in exits if ended.failed]
+    if _stopped(exits) and all(ended.code == EXIT_LOST_PEER for ended in failures):
+        return None
     for candidates in (
         [ended for ended in failures if not ended.told and ended.code != EXIT_LOST_PEER],
         [ended for ended in failures if ended.told and ended.code > 0 and ended.code != EXIT_LOST_PEER],
@@ -55,12 +58,9 @@ def find_culprit(exits: Sequence[Exit]) -> Exit | None:
 
 
 def total_exit_code(exits: Sequence[Exit]) -> int:
-    """The culprit's code, 1 if a signal or a lost peer ended it; 75 where ranks stopped on request; else 0.
-
-    A rank that was asked to stop while it waited for data leaves its peers in the midst of a step: that is a stop too.
-    """
+    """The culprit's code, 1 if a signal or a lost peer ended it; 75 where ranks stopped on request; else 0."""
     culprit = find_culprit(exits)
-    if culprit is not None and not (culprit.code == EXIT_LOST_PEER and _stopped(exits)):
+    if culprit is not None:
         return EXIT_FAILED if culprit.code < 0 or culprit.code == EXIT_LOST_PEER else culprit.code
     return EXIT_STOPPED if _stopped(exits) else EXIT_DONE
 
