@@ -10,6 +10,7 @@ import pytest
 
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from tests.helpers.chromium import Browser, chromium, missing_chromium
+from tests.helpers.s3 import S3, Proxy, s3_server
 from tests.helpers.slurm import Cluster, missing_programs, slurm_cluster
 from tests.helpers.training import write_corpus
 
@@ -77,3 +78,18 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip("slurmd needs root")
     with slurm_cluster() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server; a test process starts one for all its tests."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(s3: S3) -> Iterator[Proxy]:
+    """Between tests and server; what one test told it, the next does not meet."""
+    s3.proxy.forget()
+    yield s3.proxy
+    s3.proxy.forget()

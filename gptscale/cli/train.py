@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         from gptscale.data.prepare import ensure_prepared
 
         ensure_prepared(settings.data, settings.tokenizer, prepare_progress())
-    check_heldout(settings.evaluation)
+    check_heldout(settings.data, settings.evaluation)
     assert settings.run.dir is not None
     return launch_local(
         "gptscale.train",
@@ -53,18 +53,22 @@ def threads_per_rank(launch: LaunchConfig) -> int:
 
 def check_prepared(data: DataConfig) -> None:
     """Refuse prepared text that ranks could not train on, before any is started or a run folder made."""
-    from gptscale.data.corpus import open_split
+    from gptscale.data.remote import cache_for, open_corpus
 
-    for corpus in () if data.path is None else as_corpora(data.path):
-        open_split(Path(corpus.path), "train")
-        open_split(Path(corpus.path), "heldout")
-    for folder in stage_folders(data):
-        open_split(Path(folder), "train")
+    paths = [corpus.path for corpus in (() if data.path is None else as_corpora(data.path))]
+    staged = stage_folders(data)
+    cache = cache_for(data, [*paths, *staged])
+    for path in paths:
+        open_corpus(path, "train", cache=cache)
+        open_corpus(path, "heldout", cache=cache)
+    for path in staged:
+        open_corpus(path, "train", cache=cache)
 
 
-def check_heldout(evaluation: EvaluationConfig) -> None:
+def check_heldout(data: DataConfig, evaluation: EvaluationConfig) -> None:
     """The same of `evaluation.sets`."""
-    from gptscale.data.corpus import open_split
+    from gptscale.data.remote import cache_for, open_corpus
 
+    cache = cache_for(data, [chosen.path for chosen in evaluation.sets])
     for chosen in evaluation.sets:
-        open_split(Path(chosen.path), "heldout")
+        open_corpus(chosen.path, "heldout", cache=cache)

@@ -22,6 +22,7 @@ def check(settings: TrainRoot, world_size: int) -> BatchSplit:
     check_model(settings.model)
     _check_ranges(settings)
     _check_heldout_sets(settings)
+    _check_addresses(settings)
     _check_length(settings)
     _check_profile(settings.profile, world_size)
     _check_engine(settings, world_size)
@@ -177,6 +178,22 @@ def _check_heldout_sets(settings: TrainRoot) -> None:
             raise UserError(f"evaluation.sets: {chosen.name} has no path\nname a prepared folder")
         if chosen.sequences is not None:
             _at_least(f"evaluation.sets: sequences of {chosen.name}", chosen.sequences, 0)
+
+
+def _check_addresses(settings: TrainRoot) -> None:
+    """A run's settings are kept and shown: no place for a password."""
+    path = settings.data.path
+    paths = [path] if isinstance(path, str) else [corpus.path for corpus in path or ()]
+    for key, address in [("data.path", one) for one in paths] + [
+        ("evaluation.sets", chosen.path) for chosen in settings.evaluation.sets
+    ]:
+        if found := re.match(r"([a-z][a-z0-9+.-]*://)[^/]*:[^/]*@", address):
+            raise UserError(
+                f"{key}={found[1]}… holds a password, and a run keeps its settings\n"
+                "leave it out: credentials are found in the environment, or where the store's own tools keep them"
+            )
+    if settings.data.cache_bytes is not None:
+        _at_least("data.cache_bytes", settings.data.cache_bytes, 1)
 
 
 def source_names(data: DataConfig) -> tuple[str, ...]:

@@ -169,7 +169,8 @@ class StageConfig:
 class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     path: str | tuple[CorpusConfig, ...] | None = None
-    """Prepared shards. Unset: `sources` are prepared once, under `corpora_dir`."""
+    """Prepared shards, in a folder or at an address that fsspec knows (s3://bucket/corpora/mine). Unset: `sources` are
+    prepared once, under `corpora_dir`."""
     corpora_dir: str = "corpora"
     sequence_length: int = 256
     mixture: Literal["exact", "stride"] = "exact"
@@ -201,7 +202,14 @@ class DataConfig:
     workers: int | None = None
     """Processes that tokenise. Default: the number of usable cores. Never changes the result."""
     verify: bool = False
-    """Hash every shard before training; sizes are always checked."""
+    """Hash every shard before training; sizes are always checked. Of text in a store, hash what the cache has already:
+    what is fetched always is."""
+    cache_dir: str | None = None
+    """Where shards are kept that `path` names by an address (s3://…). Default: `cache` in `corpora_dir`. Best on a disk
+    of the host; runs may share it."""
+    cache_bytes: int | None = None
+    """Most bytes that the shards there take, those of other runs included. Where all is in use at once, it gives way by
+    a shard a process. Default: no limit."""
 
 
 @dataclass(frozen=True)

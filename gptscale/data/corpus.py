@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gptscale.data.shards import (
     END_DTYPE,
@@ -24,7 +28,7 @@ from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer, find_tokenizer
 from gptscale.tokenizer.tokenizer import FILES
 
-_AGAIN = "prepare the text again (`gptscale prepare`) into a new folder, or copy the file again"
+AGAIN = "prepare the text again (`gptscale prepare`) into a new folder, or copy the file again"
 _CHECK_TOKENS = 1 << 22
 
 
@@ -47,6 +51,11 @@ class Corpus:
     def end_path(self, shard: Shard) -> Path:
         return self.folder / self.split / end_file(shard)
 
+    @contextmanager
+    def tokens(self, shard: Shard) -> Iterator[npt.NDArray[Any]]:
+        """All token ids of a shard, for as long as the block lasts; they are mapped, not read."""
+        yield np.load(self.token_path(shard), mmap_mode="r", allow_pickle=False)
+
 
 def open_split(folder: Path, split: Split, verify: bool = False) -> Corpus:
     """Open `train` or `heldout` of a prepared folder.
@@ -59,12 +68,12 @@ def open_split(folder: Path, split: Split, verify: bool = False) -> Corpus:
     tokenizer = Tokenizer.load(corpus.tokenizer_path)
     if tokenizer.sha256 != corpus.manifest.tokenizer_sha256:
         raise UserError(
-            f"{corpus.tokenizer_path}: not the tokenizer that {folder / split} was made with (sha256 differs)\n{_AGAIN}"
+            f"{corpus.tokenizer_path}: not the tokenizer that {folder / split} was made with (sha256 differs)\n{AGAIN}"
         )
     _check_listed(corpus)
     for shard in corpus.manifest.shards:
-        _check_file(corpus.token_path(shard), shard.token_bytes, np.dtype(corpus.manifest.dtype), shard.tokens)
-        _check_file(corpus.end_path(shard), shard.end_bytes, END_DTYPE, shard.documents)
+        check_file(corpus.token_path(shard), shard.token_bytes, np.dtype(corpus.manifest.dtype), shard.tokens)
+        check_file(corpus.end_path(shard), shard.end_bytes, END_DTYPE, shard.documents)
     if verify:
         for shard in corpus.manifest.shards:
             _verify(corpus, shard)
@@ -75,24 +84,31 @@ def read_manifest(folder: Path, split: Split) -> Manifest:
     """The manifest of a split, checked for its version and sense. Raises UserError."""
     path = folder / split / MANIFEST
     try:
-        text = path.read_bytes().decode()
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "no such folder" if not folder.exists() else f"{path} is missing: not prepared text, or not finished"
         raise UserError(f"{folder}: {what}\nprepare the text with `gptscale prepare`, or correct data.path") from error
+    return parse_manifest(data, str(path), split)
+
+
+def parse_manifest(data: bytes, named: str, split: Split) -> Manifest:
+    """What a manifest's file holds, checked for its version and sense. Raises UserError calling it `named`."""
+    try:
+        text = data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: damaged (no UTF-8)\n{_AGAIN}") from error
+        raise UserError(f"{named}: damaged (no UTF-8)\n{AGAIN}") from error
     try:
         version = json.loads(text)["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format version {version}, and this gptscale reads version {FORMAT_VERSION}\n"
+                f"{named}: format version {version}, and this gptscale reads version {FORMAT_VERSION}\n"
                 "prepare the text again, or use the version of gptscale that wrote it"
             )
         manifest = Manifest.parse(text)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})\n{_AGAIN}") from error
+        raise UserError(f"{named}: damaged ({type(error).__name__}: {error})\n{AGAIN}") from error
     shards = manifest.shards
     if (
         manifest.split != split
@@ -100,7 +116,7 @@ def read_manifest(folder: Path, split: Split) -> Manifest:
         or manifest.tokens != sum(shard.tokens for shard in shards)
         or not shards
     ):
-        raise UserError(f"{path}: contradicts itself or lies in the wrong folder\n{_AGAIN}")
+        raise UserError(f"{named}: contradicts itself or lies in the wrong folder\n{AGAIN}")
     return manifest
 
 
@@ -110,36 +126,37 @@ def _check_listed(corpus: Corpus) -> None:
     folder = corpus.folder / corpus.split
     for path in sorted(folder.glob("*.npy")):
         if path.name not in listed:
-            raise UserError(f"{path}: a shard that {folder / MANIFEST} does not list\nremove it; {_AGAIN}")
+            raise UserError(f"{path}: a shard that {folder / MANIFEST} does not list\nremove it; {AGAIN}")
 
 
-def _check_file(path: Path, size: int, dtype: np.dtype[np.generic], count: int) -> None:
+def check_file(path: Path, size: int, dtype: np.dtype[np.generic], count: int) -> None:
+    """That a shard's file has the size, type and length that the manifest records. Raises UserError."""
     try:
         found = path.stat().st_size
     except FileNotFoundError as error:
-        raise UserError(f"{path}: missing\n{_AGAIN}") from error
+        raise UserError(f"{path}: missing\n{AGAIN}") from error
     if found != size:
-        raise UserError(f"{path}: {found} bytes where the manifest says {size}\n{_AGAIN}")
+        raise UserError(f"{path}: {found} bytes where the manifest says {size}\n{AGAIN}")
     try:
         header = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise UserError(f"{path}: not a .npy file ({error})\n{_AGAIN}") from error
+        raise UserError(f"{path}: not a .npy file ({error})\n{AGAIN}") from error
     if header.dtype != dtype or header.shape != (count,):
-        raise UserError(f"{path}: {header.dtype} {header.shape} where the manifest says {dtype} ({count},)\n{_AGAIN}")
+        raise UserError(f"{path}: {header.dtype} {header.shape} where the manifest says {dtype} ({count},)\n{AGAIN}")
 
 
 def _verify(corpus: Corpus, shard: Shard) -> None:
     token_path, end_path = corpus.token_path(shard), corpus.end_path(shard)
     for path, digest in ((token_path, shard.token_xxh3_128), (end_path, shard.end_xxh3_128)):
         if file_xxh3_128(path) != digest:
-            raise UserError(f"{path}: damaged: its content is not what the manifest recorded (xxh3-128)\n{_AGAIN}")
+            raise UserError(f"{path}: damaged: its content is not what the manifest recorded (xxh3-128)\n{AGAIN}")
     tokens = np.load(token_path, mmap_mode="r", allow_pickle=False)
     for start in range(0, len(tokens), _CHECK_TOKENS):
         largest = int(tokens[start : start + _CHECK_TOKENS].max())
         if largest >= corpus.manifest.vocab_size:
             raise UserError(
-                f"{token_path}: token id {largest} outside the vocabulary of {corpus.manifest.vocab_size}\n{_AGAIN}"
+                f"{token_path}: token id {largest} outside the vocabulary of {corpus.manifest.vocab_size}\n{AGAIN}"
             )
     ends = np.load(end_path, mmap_mode="r", allow_pickle=False)
     if int(ends[-1]) != shard.tokens or int(ends[0]) == 0 or bool((ends[1:] <= ends[:-1]).any()):
-        raise UserError(f"{end_path}: document ends are not in order up to {shard.tokens}\n{_AGAIN}")
+        raise UserError(f"{end_path}: document ends are not in order up to {shard.tokens}\n{AGAIN}")

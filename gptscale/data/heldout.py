@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gptscale.data.corpus import open_split, read_manifest
+from gptscale.data.cache import ShardCache
 from gptscale.data.order import Ints
+from gptscale.data.remote import fetch_manifest, open_corpus
+from gptscale.data.remote_rows import row_reader
 from gptscale.data.rows import RowReader, document_starts
 from gptscale.flow import IGNORED_TARGET, Batch
 from gptscale.runtime.errors import UserError
@@ -39,7 +41,7 @@ class HeldoutBatches:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         sequence_length: int,
         micro_batch: int,
         limit_sequences: int,
@@ -48,13 +50,15 @@ class HeldoutBatches:
         document_mask: bool = False,
         source: str | None = None,
         boundary_loss: bool = True,
+        cache: ShardCache | None = None,
     ) -> None:
-        """`folder` is a prepared folder. Raises UserError where its held-out part is damaged or empty.
+        """`folder` is a prepared folder, or the address of one, which is read through `cache`. Raises UserError where
+        its held-out part is damaged or empty.
 
         With `document_mask` batches say where documents begin; without `boundary_loss` their first tokens are no
         targets.
         """
-        self._reader = heldout_rows(folder, sequence_length)
+        self._reader = heldout_rows(folder, sequence_length, cache)
         self.tokenizer_sha256: str = self._reader.corpus.manifest.tokenizer_sha256
         self._micro_batch = micro_batch
         self._data_rank = data_rank
@@ -114,9 +118,9 @@ class HeldoutBatches:
         return rows_NT, real_NT
 
 
-def heldout_rows(folder: Path, sequence_length: int) -> RowReader:
+def heldout_rows(folder: str | Path, sequence_length: int, cache: ShardCache | None = None) -> RowReader:
     """The rows of the held-out part, short ones included. Raises UserError where there is not one target."""
-    reader = RowReader(open_split(folder, "heldout"), sequence_length, keep_tails=True)
+    reader = row_reader(open_corpus(folder, "heldout", cache=cache), sequence_length, keep_tails=True)
     if reader.count == 0:
         raise UserError(
             f"{folder}/heldout: too little text to evaluate on\nprepare with a larger data.heldout_fraction"
@@ -130,9 +134,9 @@ def heldout_selection(reader: RowReader, limit_sequences: int) -> Ints:
     return np.arange(sequences, dtype=np.int64) * reader.count // sequences
 
 
-def heldout_sources(folder: Path) -> tuple[str, ...]:
+def heldout_sources(folder: str | Path, cache: ShardCache | None = None) -> tuple[str, ...]:
     """The names of the sources whose text is held out, in their order; () where a manifest does not tell them."""
-    parts = read_manifest(folder, "heldout").parts
+    parts = fetch_manifest(folder, "heldout", cache).parts
     if not all(part.source_name for part in parts):
         return ()
     return tuple(dict.fromkeys(part.source_name for part in parts if part.tokens))

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptscale.data.corpus import Corpus
 from gptscale.data.order import Ints
+from gptscale.data.remote import AnyCorpus
 from gptscale.runtime.errors import UserError
 
 _MOST_OPEN_FILES = 128
@@ -43,7 +43,7 @@ class Rows:
 class RowReader:
     """The rows of one split. `keep_tails` adds each shard's last, shorter row, filled up with end_of_text."""
 
-    def __init__(self, corpus: Corpus, sequence_length: int, keep_tails: bool = False) -> None:
+    def __init__(self, corpus: AnyCorpus, sequence_length: int, keep_tails: bool = False) -> None:
         self.corpus = corpus
         self._length = sequence_length
         self._dtype: np.dtype[Any] = np.dtype(corpus.manifest.dtype)

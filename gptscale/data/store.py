@@ -60,7 +60,7 @@ def find_remote(where: str, suffixes: tuple[str, ...], key: str) -> tuple[str, l
 
     As `gptscale.data.sources.files.input_files`. Raises UserError where nothing is found.
     """
-    with explained(where, key):
+    with explained(f"{key}.path={where}"):
         store, path = store_of(where)
         scheme = where[: where.index("://") + 3]
         if any(letter in path for letter in "*?["):
@@ -88,19 +88,24 @@ def store_of(where: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def explained(where: str, key: str) -> Iterator[None]:
-    """A store that is unknown, or that says no, is the user's to know."""
+def explained(named: str) -> Iterator[None]:
+    """A store that is unknown, or that says no, is the user's to know. `named` is what he called it: `KEY=ADDRESS`."""
     try:
         yield
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{key}.path={where}: {error}\ninstall what it names, e.g. `pip install s3fs`") from error
+        extra = "'gptscale[s3]'" if "s3fs" in str(error).lower() else "what it names"
+        raise UserError(f"{named}: {error}\ninstall {extra} with pip, into the environment that runs this") from error
     except ValueError as error:  # an unknown protocol
-        raise UserError(f"{key}.path={where}: {error}\ncorrect the address (s3://, gs://, https://, …)") from error
+        raise UserError(f"{named}: {error}\ncorrect the address (s3://, gs://, https://, …)") from error
     except Exception as error:  # each store has errors of its own: no such bucket, no credentials, no network
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{key}.path={where}: the store cannot be read: {first}\n"
+            f"{named}: the store cannot be read: {first_line(error)}\n"
             "correct the address, or its credentials in the environment"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits a line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,13 +23,18 @@ import xxhash
 from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
 from gptscale.data.batches import BatchMaker
-from gptscale.data.corpus import Corpus, open_split
+from gptscale.data.cache import ShardCache, Wanted
+from gptscale.data.corpus import Corpus
 from gptscale.data.mixture import mixture_table
 from gptscale.data.order import FULL, Ints, Located, Shuffle
 from gptscale.data.packed_rows import PackedRowReader
 from gptscale.data.packing import ALGORITHM
+from gptscale.data.read_ahead import ReadAhead
+from gptscale.data.remote import AnyCorpus, open_corpus
+from gptscale.data.remote_rows import RemoteRowReader, row_reader
 from gptscale.data.rows import RowReader, Rows
 from gptscale.data.stages import Mixture, StagedOrder, StageText, Track, with_copies
+from gptscale.data.transfer import Check, go_on
 from gptscale.flow import Batch
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
@@ -67,17 +72,19 @@ class TrainingStream:
         exact: bool = True,
         packed: bool = False,
         boundary_loss: bool = True,
+        cache: ShardCache | None = None,
     ) -> None:
         """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError.
 
         With `document_mask` batches say where documents begin; without `boundary_loss` their first tokens are no
-        targets; rows are `packed` from whole documents, or cut from their concatenation.
+        targets; rows are `packed` from whole documents, or cut from their concatenation. `cache` is for corpora at an
+        address.
 
         What is read from the start on comes first, and then, each from its own start on, what `stages` say. `exact` is
         of mixtures: see `mixture_table`.
         """
         texts = [StageText(0, corpora, sequence_length, seed), *stages]
-        opened = _open(texts, verify, exact, packed)
+        opened = _open(texts, verify, exact, packed, cache)
         mixtures, first = opened.mixtures, opened.mixtures[0]
         order = StagedOrder(mixtures, shuffle)
         self._readers = {number: opened.readers[track] for track, number in order.numbers.items()}
@@ -131,13 +138,43 @@ class TrainingStream:
         return Rows(tokens, used, starts) if self._packed else Rows(tokens)
 
     def trace(self, positions: Ints) -> list[Traced]:
-        """Where each sample comes from: for whoever looks at a step. Slower than reading it."""
+        """Where each sample comes from: for whoever looks at a step. Slower than reading it.
+
+        Raises UserError where the text is not on this host.
+        """
         found = self._located(positions)
         traced = []
         for number, epoch, sample in np.stack([found.corpus, found.epoch, found.sample], axis=1).tolist():
             reader = self._readers[number]
+            if not isinstance(reader.corpus, Corpus):
+                raise UserError(
+                    f"{reader.corpus.folder}: the text is in a store, and is looked into on this host\n"
+                    "copy the folder here, and name that"
+                )
             traced.append(Traced(reader.corpus, epoch, sample, *reader.stretches(sample)))
         return traced
+
+    def wanted(self, positions: Ints) -> list[Wanted]:
+        """The shards in stores that hold the samples at `positions`, each once."""
+        located = self._located(positions)
+        return [
+            wanted
+            for number, reader in self._readers.items()
+            if isinstance(reader, RemoteRowReader)
+            for wanted in reader.wanted(located.sample[located.corpus == number])
+        ]
+
+    def check_while_waiting(self, check: Check) -> None:
+        """Ask `check` from now on while a shard of a store is waited for; what it raises ends that."""
+        for reader in self._readers.values():
+            if isinstance(reader, RemoteRowReader):
+                reader.check = check
+
+    @property
+    def cache(self) -> ShardCache | None:
+        """Where shards of stores come to; None where all corpora are here."""
+        remote = (one for one in self._readers.values() if isinstance(one, RemoteRowReader))
+        return next((one.corpus.cache for one in remote), None)
 
     def close(self) -> None:
         for reader in self._readers.values():
@@ -161,15 +198,14 @@ class _Opened(NamedTuple):
     readers: dict[Track, RowReader | PackedRowReader]
 
 
-def _open(texts: Sequence[StageText], verify: bool, exact: bool, packed: bool) -> _Opened:
+def _open(texts: Sequence[StageText], verify: bool, exact: bool, packed: bool, cache: ShardCache | None) -> _Opened:
     """The text of every stage, each folder opened once. Raises UserError."""
     paths = dict.fromkeys(corpus.path for text in texts for corpus in text.corpora)
-    opened = {path: open_split(Path(path), "train", verify) for path in paths}
+    opened = {path: open_corpus(path, "train", verify, cache) for path in paths}
     _refuse_mixed_tokenizers(list(opened.values()))
     found = _Opened([], {})
     for text in texts:
-        kind = PackedRowReader if packed else RowReader
-        readers = [kind(opened[corpus.path], text.sequence_length) for corpus in text.corpora]
+        readers = [_reader(opened[corpus.path], text.sequence_length, packed) for corpus in text.corpora]
         for reader in readers:
             if reader.count == 0:
                 raise UserError(
@@ -190,6 +226,17 @@ def _open(texts: Sequence[StageText], verify: bool, exact: bool, packed: bool) -
     return found
 
 
+def _reader(corpus: AnyCorpus, sequence_length: int, packed: bool) -> RowReader | PackedRowReader:
+    if not packed:
+        return row_reader(corpus, sequence_length)
+    if not isinstance(corpus, Corpus):
+        raise UserError(
+            f"{corpus.folder}: rows are packed from text on this host, and that is in a store\n"
+            "copy the folder here, or set data.packing=cut"
+        )
+    return PackedRowReader(corpus, sequence_length)
+
+
 def _identity(mixture: Mixture) -> dict[str, Any]:
     """What decides the samples of a stage, beside its start and the order's algorithm."""
     corpora = zip(mixture.tracks, mixture.weights, strict=True)
@@ -202,7 +249,7 @@ def _identity(mixture: Mixture) -> dict[str, Any]:
     }
 
 
-def _refuse_mixed_tokenizers(opened: list[Corpus]) -> None:
+def _refuse_mixed_tokenizers(opened: list[AnyCorpus]) -> None:
     first = opened[0]
     for corpus in opened[1:]:
         if corpus.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
@@ -235,6 +282,10 @@ def microbatch_positions(plan: StepPlan, split: BatchSplit, data_rank: int, star
     return [positions[first : first + now.micro_batch] for first in range(0, len(positions), now.micro_batch)]
 
 
+class _ClosedError(Exception):
+    """The feed was closed while its thread was at work."""
+
+
 @dataclass(frozen=True)
 class StepData:
     """What one data rank feeds into one optimizer step."""
@@ -263,6 +314,10 @@ class StepFeed(Iterator[StepData]):
         self._ready: queue.Queue[tuple[int, list[Batch], int] | BaseException] = queue.Queue(_STEPS_AHEAD)
         self._stop = threading.Event()
         self._failure: BaseException | None = None
+        stream.check_while_waiting(self._check)
+        cache = stream.cache
+        upcoming = (stream.wanted(self._positions(at)) for at in self._starts(start))
+        self._ahead = None if cache is None else ReadAhead(cache, upcoming)
         self._thread = threading.Thread(target=self._work, args=(start,), daemon=True, name="training data")
         self._thread.start()
 
@@ -282,11 +337,14 @@ class StepFeed(Iterator[StepData]):
     def close(self) -> None:
         """End the thread. Steps that are ready but were not taken are dropped; they count for nothing."""
         self._stop.set()
+        if self._ahead is not None:
+            self._ahead.close()
         while self._thread.is_alive():
             try:
                 self._ready.get(timeout=0.05)
             except queue.Empty:
                 continue
+        self._stream.check_while_waiting(go_on)
 
     def __enter__(self) -> StepFeed:
         return self
@@ -296,11 +354,27 @@ class StepFeed(Iterator[StepData]):
 
     def _work(self, start: int) -> None:
         try:
-            while not self._stop.is_set():
-                self._ready.put(self._step(start))
-                start += self._plan.batch(start)
+            for at in self._starts(start):
+                self._check()
+                if self._ahead is not None:
+                    self._ahead.reached()
+                self._ready.put(self._step(at))
         except BaseException as error:
             self._ready.put(error)
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise _ClosedError
+
+    def _starts(self, start: int) -> Iterator[int]:
+        """Where the steps from `start` on begin."""
+        while True:
+            yield start
+            start += self._plan.batch(start)
+
+    def _positions(self, start: int) -> Ints:
+        """Of this rank's samples in the step that begins at `start`."""
+        return np.concatenate(microbatch_positions(self._plan, self._split, self._data_rank, start))
 
     def _step(self, start: int) -> tuple[int, list[Batch], int]:
         groups = microbatch_positions(self._plan, self._split, self._data_rank, start)

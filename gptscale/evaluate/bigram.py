@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptscale.data.corpus import Corpus, open_split
+from gptscale.data.cache import ShardCache
 from gptscale.data.heldout import heldout_rows, heldout_selection
+from gptscale.data.remote import AnyCorpus, open_corpus
 
 _TOKENS_AT_ONCE = 1 << 22
 _ROWS_AT_ONCE = 1024
@@ -55,19 +56,19 @@ class BigramModel:
         return logarithms
 
 
-def fit_bigrams(corpus: Corpus) -> BigramModel:
+def fit_bigrams(corpus: AnyCorpus) -> BigramModel:
     """Count all tokens of a split, and all pairs of neighbours within a shard, document boundaries included: what the
     GPT is trained on. Memory grows with the number of different pairs only."""
     vocab_size = corpus.manifest.vocab_size
     unigrams = np.zeros(vocab_size, dtype=np.int64)
     pairs, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     for shard in corpus.manifest.shards:
-        tokens = np.load(corpus.token_path(shard), mmap_mode="r", allow_pickle=False)
-        for start in range(0, len(tokens), _TOKENS_AT_ONCE):
-            block = np.array(tokens[start : start + _TOKENS_AT_ONCE + 1], dtype=np.int64)
-            unigrams += np.bincount(block[:_TOKENS_AT_ONCE], minlength=vocab_size)
-            new_pairs, new_counts = np.unique(block[:-1] * vocab_size + block[1:], return_counts=True)
-            pairs, counts = _merged(pairs, counts, new_pairs, new_counts)
+        with corpus.tokens(shard) as tokens:
+            for start in range(0, len(tokens), _TOKENS_AT_ONCE):
+                block = np.array(tokens[start : start + _TOKENS_AT_ONCE + 1], dtype=np.int64)
+                unigrams += np.bincount(block[:_TOKENS_AT_ONCE], minlength=vocab_size)
+                new_pairs, new_counts = np.unique(block[:-1] * vocab_size + block[1:], return_counts=True)
+                pairs, counts = _merged(pairs, counts, new_pairs, new_counts)
     contexts = pairs // vocab_size
     return BigramModel(
         vocab_size=vocab_size,
@@ -79,14 +80,16 @@ def fit_bigrams(corpus: Corpus) -> BigramModel:
     )
 
 
-def bigram_loss(folder: Path, sequence_length: int, limit_sequences: int) -> float:
+def bigram_loss(
+    folder: str | Path, sequence_length: int, limit_sequences: int, cache: ShardCache | None = None
+) -> float:
     """Mean loss in nats per token of a bigram model fitted on `train`, over exactly the targets of `HeldoutBatches`.
 
     Each target's context is the token before it in its row; for a row's first target that is the row's first id, which
     the GPT sees too. Raises UserError where the prepared folder is damaged.
     """
-    model = fit_bigrams(open_split(folder, "train"))
-    reader = heldout_rows(folder, sequence_length)
+    model = fit_bigrams(open_corpus(folder, "train", cache=cache))
+    reader = heldout_rows(folder, sequence_length, cache)
     total, targets = 0.0, 0
     rows = heldout_selection(reader, limit_sequences)
     for first in range(0, len(rows), _ROWS_AT_ONCE):

@@ -38,9 +38,12 @@ def find_culprit(exits: Sequence[Exit]) -> Exit | None:
     """Of the ranks' ends, in the order they came, the one that brought the others down; None where none failed.
 
     Who only lost a peer is not to blame while another can be, even one that took until after the launcher's TERM to
-    finish its traceback. Where several failed alike, rank 0 it is: the user has seen it.
+    finish its traceback; and nobody is where that peer was asked to stop while it waited for data, so that it left the
+    others in the midst of a step. Where several failed alike, rank 0 it is: the user has seen it.
     """
     failures = [ended for ended in exits if ended.failed]
+    if _stopped(exits) and all(ended.code == EXIT_LOST_PEER for ended in failures):
+        return None
     for candidates in (
         [ended for ended in failures if not ended.told and ended.code != EXIT_LOST_PEER],
         [ended for ended in failures if ended.told and ended.code > 0 and ended.code != EXIT_LOST_PEER],
@@ -59,7 +62,11 @@ def total_exit_code(exits: Sequence[Exit]) -> int:
     culprit = find_culprit(exits)
     if culprit is not None:
         return EXIT_FAILED if culprit.code < 0 or culprit.code == EXIT_LOST_PEER else culprit.code
-    return EXIT_STOPPED if any(ended.code == EXIT_STOPPED for ended in exits) else EXIT_DONE
+    return EXIT_STOPPED if _stopped(exits) else EXIT_DONE
+
+
+def _stopped(exits: Sequence[Exit]) -> bool:
+    return any(ended.code == EXIT_STOPPED for ended in exits)
 
 
 def describe(culprit: Exit) -> str:

@@ -63,7 +63,7 @@ def gather_facts(
         flops_per_token=flops_per_token,
         flops_formula=NO_FORMULA if flops_per_token is None else FORMULA,
         peak_flops=peak_flops,
-        data=data_cards(corpora.folders),
+        data=data_cards(corpora.folders, corpora.cache),
         sessions=(session,),
         stages=tuple(stage_facts(settings, corpora)),
     )

@@ -16,6 +16,7 @@ from gptscale.config.compose import Composed
 from gptscale.config.schema import TrainRoot
 from gptscale.config.step_plan import StepPlan, run_steps, schedule_tokens, step_plan
 from gptscale.data.stream import StepData, StepFeed
+from gptscale.data.transfer import until_stopped
 from gptscale.evaluate.heldout import evaluate_sets
 from gptscale.evaluate.samples import greedy_samples
 from gptscale.model.compiling import check_compiler
@@ -103,7 +104,8 @@ def train_in(
 ) -> None:
     """The run, in a folder that is ours."""
     settings = composed.settings
-    corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks), "opening the data")
+    check = until_stopped(lambda: stop.requested)
+    corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks, check), "opening the data")
     model = build_model(settings, corpora.vocab_size)
     all_or_none(ranks, lambda: check_kernel(model, settings, ranks.device), "choosing attention kernels")
     if settings.train.compile == "block":

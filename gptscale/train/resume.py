@@ -36,6 +36,8 @@ MAY_CHANGE = (
     "data.corpora_dir",
     "data.workers",
     "data.verify",
+    "data.cache_dir",
+    "data.cache_bytes",
 )
 
 

@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -18,10 +17,13 @@ from gptscale.config.schema import CorpusConfig, DataConfig, PrecisionConfig, Tr
 from gptscale.config.stages import as_corpora, longest_sequence
 from gptscale.config.step_plan import step_plan
 from gptscale.data.block_order import shuffle_of
+from gptscale.data.cache import ShardCache
 from gptscale.data.heldout import HeldoutBatches, heldout_sources
 from gptscale.data.prepare import corpus_folder
+from gptscale.data.remote import cache_for
 from gptscale.data.stages import StageText
 from gptscale.data.stream import TrainingStream
+from gptscale.data.transfer import Check, go_on
 from gptscale.evaluate.heldout import HeldoutSet
 from gptscale.model.compiling import compile_blocks
 from gptscale.model.gpt import GPT
@@ -99,6 +101,8 @@ class Corpora:
     """Of these folders, in their order, and then those that `evaluation.sets` names."""
     tokenizer: Tokenizer
     stages: tuple[StageText, ...] = ()
+    cache: ShardCache | None = None
+    """Of what lies in stores; None where nothing does."""
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -109,12 +113,18 @@ class Corpora:
         return self.stream.vocab_size
 
 
-def open_corpora(settings: TrainRoot, ranks: Ranks) -> Corpora:
-    """Open and check all prepared text. Raises UserError naming what is missing or damaged."""
+def open_corpora(settings: TrainRoot, ranks: Ranks, check: Check = go_on) -> Corpora:
+    """Open and check all prepared text. Raises UserError naming what is missing or damaged.
+
+    `check` is asked, then and later, while something is fetched from a store.
+    """
     folders = corpus_configs(settings)
-    stream = open_stream(settings)
-    heldout = tuple(open_heldout(settings, folders, stream, ranks))
-    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), stage_texts(settings, folders))
+    stream = open_stream(settings, check)
+    stages, cache = stage_texts(settings, folders), stream.cache
+    if cache is None:
+        cache = cache_for(settings.data, [chosen.path for chosen in settings.evaluation.sets], check)
+    heldout = tuple(open_heldout(settings, folders, stream, ranks, cache))
+    return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), stages, cache)
 
 
 def stage_texts(settings: TrainRoot, folders: tuple[CorpusConfig, ...]) -> tuple[StageText, ...]:
@@ -128,9 +138,11 @@ def stage_texts(settings: TrainRoot, folders: tuple[CorpusConfig, ...]) -> tuple
     return tuple(found)
 
 
-def open_stream(settings: TrainRoot) -> TrainingStream:
+def open_stream(settings: TrainRoot, check: Check = go_on) -> TrainingStream:
     """The training samples of a run: position → row, whatever the ranks. Raises UserError."""
     data, folders = settings.data, corpus_configs(settings)
+    stages = stage_texts(settings, folders)
+    paths = [corpus.path for corpora in (folders, *(stage.corpora for stage in stages)) for corpus in corpora]
     return TrainingStream(
         folders,
         data.sequence_length,
@@ -138,15 +150,20 @@ def open_stream(settings: TrainRoot) -> TrainingStream:
         data.verify,
         data.document_mask,
         shuffle_of(data),
-        stage_texts(settings, folders),
+        stages,
         exact=data.mixture == "exact",
         packed=data.packing == "best_fit",
         boundary_loss=data.boundary_loss,
+        cache=cache_for(data, paths, check),
     )
 
 
 def open_heldout(
-    settings: TrainRoot, folders: tuple[CorpusConfig, ...], stream: TrainingStream, ranks: Ranks
+    settings: TrainRoot,
+    folders: tuple[CorpusConfig, ...],
+    stream: TrainingStream,
+    ranks: Ranks,
+    cache: ShardCache | None,
 ) -> Iterator[HeldoutSet]:
     """Held-out text as this rank evaluates it."""
 
@@ -155,10 +172,10 @@ def open_heldout(
         length, micro_batch = settings.data.sequence_length, settings.train.micro_batch
         documents, boundaries = settings.data.document_mask, settings.data.boundary_loss
         rank, size = ranks.rank, ranks.size
-        return HeldoutBatches(Path(folder), length, micro_batch, limit, rank, size, documents, source, boundaries)
+        return HeldoutBatches(folder, length, micro_batch, limit, rank, size, documents, source, boundaries, cache)
 
     if len(folders) == 1:
-        taken = yield from by_source(folders[0].path, batches)
+        taken = yield from by_source(folders[0].path, batches, cache)
     else:
         taken = list(source_names(settings.data))
         for corpus, name, share in zip(folders, taken, stream.shares, strict=True):
@@ -178,11 +195,11 @@ def open_heldout(
 
 
 def by_source(
-    folder: str, batches: Callable[[str, int | None, str | None], HeldoutBatches]
+    folder: str, batches: Callable[[str, int | None, str | None], HeldoutBatches], cache: ShardCache | None
 ) -> Generator[HeldoutSet, None, list[str]]:
     """The held-out text of one folder: a set for each source, where it has several. Together they are what one set
     would be, and each weighs what it has of it. Returns the sources' names."""
-    sources = heldout_sources(Path(folder))
+    sources = heldout_sources(folder, cache)
     if len(sources) < 2:
         yield HeldoutSet(batches(folder, None, None), None, 1.0)
         return []

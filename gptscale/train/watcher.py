@@ -7,7 +7,6 @@ import resource
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 
@@ -222,9 +221,10 @@ class Watcher:
         from gptscale.evaluate.bigram import bigram_loss
 
         return bigram_loss(
-            Path(self._corpora.folders[0].path),
+            self._corpora.folders[0].path,
             self._settings.data.sequence_length,
             self._settings.evaluation.sequences,
+            self._corpora.cache,
         )
 
     def _time_left(self) -> str:

@@ -28,6 +28,8 @@ from gptscale.launcher.outcome import Exit, describe, find_culprit, total_exit_c
         ([Exit(1, 3), Exit(0, 1)], 1, 3),
         ([Exit(1, 5), Exit(0, 3)], 1, 5),
         ([Exit(1, -9), Exit(0, -9)], 1, 1),
+        ([Exit(0, 75), Exit(1, 76)], None, 75),
+        ([Exit(0, 75), Exit(1, 76), Exit(2, 1, told=True)], 2, 1),
         ([Exit(0, 75), Exit(1, 1)], 1, 1),
         ([Exit(0, 75), Exit(1, -9, told=True)], 1, 1),
     ],

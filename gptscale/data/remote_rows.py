@@ -1,0 +1,63 @@
+"""Rows of a corpus, wherever it lies: local shards are read as they are, those in a store by way of the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptscale.data.cache import Wanted
+from gptscale.data.corpus import check_file
+from gptscale.data.order import Ints
+from gptscale.data.remote import AnyCorpus, RemoteCorpus
+from gptscale.data.rows import RowReader
+from gptscale.data.transfer import Check, go_on
+
+
+def row_reader(corpus: AnyCorpus, sequence_length: int, keep_tails: bool = False) -> RowReader:
+    if isinstance(corpus, RemoteCorpus):
+        return RemoteRowReader(corpus, sequence_length, keep_tails)
+    return RowReader(corpus, sequence_length, keep_tails)
+
+
+class RemoteRowReader(RowReader):
+    """As `RowReader`, with one shard held in the cache at a time, and none between two reads."""
+
+    corpus: RemoteCorpus
+
+    def __init__(self, corpus: RemoteCorpus, sequence_length: int, keep_tails: bool = False) -> None:
+        super().__init__(corpus, sequence_length, keep_tails)
+        self.check: Check = go_on
+        """Asked while a shard is waited for; raises to end that."""
+        self._checked: set[int] = set()
+
+    def read(self, rows: Ints) -> tuple[npt.NDArray[Any], Ints]:
+        """As `RowReader.read`, each shard's rows together. Raises UserError where a shard cannot be had."""
+        order = np.argsort(rows, kind="stable")
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        try:
+            rows_NT, targets = super().read(rows[order])
+        finally:
+            self.close()
+        return rows_NT[back], targets[back]
+
+    def wanted(self, rows: Ints) -> list[Wanted]:
+        """The shards that hold these rows, each once."""
+        numbers = np.unique(np.searchsorted(self._first_row, rows, side="right") - 1)
+        return [self.corpus.wanted(self.corpus.manifest.shards[number]) for number in numbers.tolist()]
+
+    def close(self) -> None:
+        while self._files:
+            self.corpus.cache.release(self._files.popitem()[1])
+
+    def _file(self, number: int) -> int:
+        if number not in self._files:
+            self.close()
+            shard = self.corpus.manifest.shards[number]
+            self._files[number] = self.corpus.cache.hold(self.corpus.wanted(shard), self.check)
+            if number not in self._checked:  # the right content, but is it what the rest of the manifest says
+                check_file(self.corpus.token_path(shard), shard.token_bytes, self._dtype, shard.tokens)
+                self._checked.add(number)
+        return self._files[number]
