@@ -47,8 +47,9 @@ class Position:
 class Batch:
     """One micro-batch of one data rank.
 
-    `inputs_BT` and `targets_BT` are int64; a target equal to `IGNORED_TARGET` carries no loss. `loss_tokens` counts the
-    targets that do, on the host, so that nobody has to ask the device.
+    `inputs_BT` and `targets_BT` are int64, or of the type that shards have, for the way to the device, where they are
+    widened. A target that is silent, or equal to `IGNORED_TARGET`, carries no loss. `loss_tokens` counts those that do,
+    on the host, so that nobody has to ask the device.
     """
 
     inputs_BT: Tensor
@@ -56,6 +57,8 @@ class Batch:
     loss_tokens: int
     starts_BT: Tensor | None = None
     """With document masks: for each token the position in its row at which its document begins; int64, on the host."""
+    silent_BT: Tensor | None = None
+    """True where a target is silent, whatever its id; None: nowhere."""
 
 
 class Duration(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptscale.config.build import build
@@ -45,16 +45,15 @@ def run(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> tuple[list[Path], InspectRoot]:
     """Subjects and settings apart. A path may hold a `=` where something is there."""
-    hints = typing.get_type_hints(InspectRoot)
-    values: dict[str, object] = {}
+    values = {}
     subjects = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and not Path(argument).exists():
-            values[key] = value if hints.get(key) == str | None else _value(value)
+            values[key] = value
         else:
             subjects.append(Path(argument))
-    settings = build(InspectRoot, values, "")
+    settings = settings_of(values)
     if not subjects:
         raise UserError(f"inspect needs to know what to look at\n{EXAMPLE}")
     if len(subjects) > 2:
@@ -67,6 +66,13 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], InspectRoot]:
     if settings.limit < 0:
         raise UserError(f"limit={settings.limit} is below 0\nset limit=0 for all samples, or a number of them")
     return subjects, settings
+
+
+def settings_of(typed: Mapping[str, str]) -> InspectRoot:
+    """Settings as typed, by key. Raises UserError."""
+    hints = typing.get_type_hints(InspectRoot)
+    values = {key: value if hints.get(key) == str | None else _value(value) for key, value in typed.items()}
+    return build(InspectRoot, values, "")
 
 
 def _value(text: str) -> object:

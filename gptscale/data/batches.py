@@ -6,14 +6,14 @@ Shape legend: N rows, B sequences of a micro-batch, T tokens of a sequence; a ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from gptscale.data.order import Ints
 from gptscale.data.rows import Rows, document_starts
-from gptscale.flow import IGNORED_TARGET, Batch
+from gptscale.flow import Batch
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,33 @@ class BatchMaker:
 
     def make(self, rows: Rows, length: int) -> Batch:
         """Rows as sequences of `length` tokens: each row as it is, or cut into several."""
-        inputs_BT = rows.tokens[:, :-1].astype(np.int64)
-        targets_BT = rows.tokens[:, 1:].astype(np.int64)
-        silent_BT = self._silent(rows, inputs_BT)
-        if silent_BT is not None:
-            targets_BT[silent_BT] = IGNORED_TARGET
-        inputs_BT, targets_BT = inputs_BT.reshape(-1, length), targets_BT.reshape(-1, length)
-        loss_tokens = targets_BT.size if silent_BT is None else int((targets_BT != IGNORED_TARGET).sum())
-        starts_BT = None
-        if self.document_mask:
-            if rows.starts is None:
-                starts_BT = self._pinned(document_starts(inputs_BT, self.end_of_text))
-            else:
-                within = rows.starts[:, :-1].reshape(len(rows.tokens), -1, length)
-                begins = np.arange(within.shape[1])[:, None] * length
-                starts_BT = self._pinned(np.maximum(within - begins, 0).reshape(-1, length))
-        return Batch(self._pinned(inputs_BT), self._pinned(targets_BT), loss_tokens, starts_BT)
+        inputs_NT, targets_NT = rows.tokens[:, :-1], rows.tokens[:, 1:]
+        silent_NT = self._silent(rows, inputs_NT)
+        silent_BT = None if silent_NT is None else silent_NT.reshape(-1, length)
+        inputs_BT = inputs_NT.reshape(-1, length)
+        return Batch(
+            self._pinned(inputs_BT),
+            self._pinned(targets_NT.reshape(-1, length)),
+            inputs_BT.size if silent_BT is None else inputs_BT.size - int(np.count_nonzero(silent_BT)),
+            self._starts(rows, inputs_BT) if self.document_mask else None,
+            None if silent_BT is None else self._pinned(silent_BT),
+        )
 
-    def _silent(self, rows: Rows, inputs_NT: Ints) -> npt.NDArray[np.bool_] | None:
+    def _starts(self, rows: Rows, inputs_BT: npt.NDArray[Any]) -> torch.Tensor:
+        if rows.starts is None:
+            return self._pinned(document_starts(inputs_BT, self.end_of_text))
+        length = inputs_BT.shape[1]
+        within = rows.starts[:, :-1].reshape(len(rows.tokens), -1, length)
+        begins = np.arange(within.shape[1])[:, None] * length
+        return self._pinned(np.maximum(within - begins, 0).reshape(-1, length))
+
+    def _silent(self, rows: Rows, inputs_NT: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
         """Targets that carry no loss [N, T]; None where all do."""
-        closing_NT = inputs_NT == self.end_of_text
+        if rows.used is None and self.boundary_loss:
+            return None
+        closing_NT: npt.NDArray[np.bool_] = inputs_NT == self.end_of_text
         if rows.used is None or rows.starts is None:
-            return None if self.boundary_loss else closing_NT
+            return closing_NT
         position_T = np.arange(1, rows.tokens.shape[1])
         foreign_NT = rows.starts[:, 1:] == position_T  # the first token of another piece
         if self.boundary_loss:
@@ -58,6 +63,6 @@ class BatchMaker:
         silent_NT: npt.NDArray[np.bool_] = foreign_NT | (position_T >= rows.used[:, None])
         return silent_NT
 
-    def _pinned(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+    def _pinned(self, values: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         return tensor.pin_memory() if self.pin else tensor

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gptscale.config.schema import TrainRoot
-from gptscale.flow import Batch, Piece, StepResult
+from gptscale.flow import IGNORED_TARGET, Batch, Piece, StepResult
 from gptscale.model.documents import Documents
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.gradients import gradient_norm, prepare_update, release_kernel
@@ -110,4 +110,13 @@ class PlainEngine:
 def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
     """What the model is called with."""
     documents = None if batch.starts_BT is None else Documents(batch.starts_BT, device)
-    return batch.inputs_BT.to(device, non_blocking=True), batch.targets_BT.to(device, non_blocking=True), documents
+    inputs_BT, targets_BT = (_widened(ids_BT, device) for ids_BT in (batch.inputs_BT, batch.targets_BT))
+    if batch.silent_BT is not None:
+        targets_BT = targets_BT.masked_fill(batch.silent_BT.to(device, non_blocking=True), IGNORED_TARGET)
+    return inputs_BT, targets_BT, documents
+
+
+def _widened(ids_BT: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Ids cross to the device as they are stored, in a quarter of the bytes: 2 and not 8 for most vocabularies."""
+    ids_BT = ids_BT.to(device, non_blocking=True)
+    return ids_BT.to(torch.int64) if ids_BT.dtype in (torch.uint16, torch.uint32) else ids_BT

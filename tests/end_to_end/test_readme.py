@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from gptscale.cli.inspect import settings_of
 from gptscale.config import compose as compose_module
 from gptscale.config.build import build, flat_keys
 from gptscale.config.compose import compose, group_options
 from gptscale.config.rules import check
-from gptscale.config.schema import ExportRoot, GenerateRoot, InspectRoot, PrepareRoot, TrainRoot
+from gptscale.config.schema import ExportRoot, GenerateRoot, PrepareRoot, TrainRoot
 from gptscale.model.count import parameter_count
 from gptscale.runtime import errors
 from gptscale.tokenizer.tokenizer import FILES as TOKENIZER_FILES
@@ -162,7 +163,7 @@ def test_every_command_composes(command: str) -> None:
     if started.arguments == ["--help"]:
         return
     if started.verb == "inspect":  # composes nothing: subjects, and keys of its own
-        build(InspectRoot, {word.partition("=")[0]: True for word in started.arguments if "=" in word})
+        settings_of(dict(word.split("=", 1) for word in started.arguments if "=" in word))
         return
     if started.verb == "export":
         build(ExportRoot, dict(word.split("=", 1) for word in started.arguments))

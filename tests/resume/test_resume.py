@@ -6,15 +6,14 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
 import pytest
 
 import gptscale.checkpoint.write
 from gptscale.checkpoint.folder import list_checkpoints
 from gptscale.checkpoint.manifest import read_manifest
 from gptscale.data.order import Ints
+from gptscale.data.rows import Rows
 from gptscale.data.stream import TrainingStream
 from gptscale.runtime.files import write_bytes_atomically
 from tests.helpers import ranks
@@ -88,14 +87,14 @@ READ_SO_FAR = "read-so-far"
 def train_and_tell_what_was_read(arguments: list[str]) -> int:
     """One rank that writes down, beside its run, up to which position rows were read."""
     folder = Path(next(item for item in arguments if item.startswith("run.dir=")).removeprefix("run.dir="))
-    rows = TrainingStream.rows
+    read = TrainingStream.read
 
-    def telling(stream: TrainingStream, positions: Ints) -> npt.NDArray[Any]:
+    def telling(stream: TrainingStream, positions: Ints) -> Rows:
         with (folder.parent / READ_SO_FAR).open("a") as file:
             file.write(f"{positions.max() + 1}\n")
-        return rows(stream, positions)
+        return read(stream, positions)
 
-    TrainingStream.rows = telling  # type: ignore[method-assign]
+    TrainingStream.read = telling  # type: ignore[method-assign]
     return train(arguments)
 
 

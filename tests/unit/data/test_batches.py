@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
@@ -18,6 +19,7 @@ from gptscale.data.stream import StepFeed, TrainingStream
 from gptscale.flow import IGNORED_TARGET
 from gptscale.tokenizer import Tokenizer
 from gptscale.topology import split_batch
+from tests.helpers.batches import wide
 
 LENGTH = 32
 
@@ -43,7 +45,7 @@ def test_an_epoch_of_packed_rows_predicts_every_token_of_every_document_once(pre
     found, inside = [], 0
     for first in range(0, stream.samples_per_epoch, 64):
         rows = stream.read(np.arange(first, min(first + 64, stream.samples_per_epoch)))
-        batch = stream.batches.make(rows, LENGTH)
+        batch = wide(stream.batches.make(rows, LENGTH))
         assert batch.starts_BT is not None
         carries = batch.targets_BT != IGNORED_TARGET
         assert batch.loss_tokens == int(carries.sum())
@@ -70,7 +72,7 @@ def test_packed_rows_fill_up_with_what_is_no_target(prepared: Path) -> None:
     for row in short.tolist():
         assert set(rows.tokens[row, rows.used[row] :].tolist()) == {corpus.manifest.end_of_text}
     stream = stream_of(prepared, packed=True)
-    batch = stream.batches.make(rows, LENGTH)
+    batch = wide(stream.batches.make(rows, LENGTH))
     for row in short.tolist():
         assert set(batch.targets_BT[row, rows.used[row] - 1 :].tolist()) <= {IGNORED_TARGET}
     assert batch.starts_BT is None
@@ -86,7 +88,7 @@ def test_without_boundary_loss_nothing_is_predicted_from_the_end_of_a_document(p
         for _ in range(12):
             a, b = next(one), next(other)
             assert a.sample_hash == b.sample_hash
-            for left, right in zip(a.microbatches, b.microbatches, strict=True):
+            for left, right in zip(map(wide, a.microbatches), map(wide, b.microbatches), strict=True):
                 ends = left.inputs_BT == with_it.end_of_text
                 expected = left.targets_BT.masked_fill(ends, IGNORED_TARGET)
                 assert right.targets_BT.equal(expected)
@@ -98,6 +100,8 @@ def test_without_boundary_loss_nothing_is_predicted_from_the_end_of_a_document(p
 def test_cut_rows_are_what_they_were(prepared: Path) -> None:
     batch = stream_of(prepared).batches.make(stream_of(prepared).read(np.arange(16)), LENGTH)
     rows = stream_of(prepared).rows(np.arange(16))
+    assert batch.inputs_BT.dtype == batch.targets_BT.dtype == torch.uint16, "a quarter of the bytes to the device"
+    assert wide(batch).inputs_BT.dtype == wide(batch).targets_BT.dtype == torch.int64
     assert np.array_equal(batch.inputs_BT.numpy(), rows[:, :-1])
     assert np.array_equal(batch.targets_BT.numpy(), rows[:, 1:])
     assert batch.loss_tokens == rows[:, 1:].size

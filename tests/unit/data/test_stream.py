@@ -25,6 +25,7 @@ from gptscale.data.rows import RowReader
 from gptscale.data.stream import StepFeed, TrainingStream, sample_hash
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit, split_batch
+from tests.helpers.batches import wide
 from tests.helpers.text import documents, write_jsonl
 
 LENGTH = 32
@@ -140,7 +141,7 @@ def test_any_number_of_ranks_reads_the_same_global_sequence(prepared: Path, worl
         for step in range(3):
             steps = [next(feed) for feed in feeds]
             assert {data.start for data in steps} == {1000 + step * 840}
-            batches = [batch for data in steps for batch in data.microbatches]
+            batches = [wide(batch) for data in steps for batch in data.microbatches]
             assert all(len(batch.inputs_BT) == split.micro_batch for batch in batches)
             inputs = torch.cat([batch.inputs_BT for batch in batches])
             targets = torch.cat([batch.targets_BT for batch in batches])
@@ -285,13 +286,13 @@ def test_a_growing_batch_of_growing_sequences_uses_the_same_samples(prepared: Pa
             step, parts = next(alone), [next(feed) for feed in both]
             assert step.start == sum(batches)
             batches.append(plan.batch(step.start))
-            inputs = torch.cat([batch.inputs_BT for batch in step.microbatches])
-            shared = torch.cat([batch.inputs_BT for part in parts for batch in part.microbatches])
+            inputs = torch.cat([batch.inputs_BT for batch in map(wide, step.microbatches)])
+            shared = torch.cat([batch.inputs_BT for part in parts for batch in map(wide, part.microbatches)])
             assert torch.equal(inputs, shared)
             assert step.sample_hash == sum(part.sample_hash for part in parts) % 2**64
             lengths.append(inputs.shape[1])
             seen.append(inputs.reshape(-1, LENGTH))
-            targets = torch.cat([batch.targets_BT for batch in step.microbatches]).reshape(-1, LENGTH)
+            targets = torch.cat([batch.targets_BT for batch in map(wide, step.microbatches)]).reshape(-1, LENGTH)
             assert torch.equal(targets[:, :-1], seen[-1][:, 1:]), "a cut loses no target"
     assert batches[:3] == [2, 2, 2]
     assert batches[-1] == 8
