@@ -17,7 +17,7 @@ from gptscale.config.schema import CorpusConfig, DataConfig, SourceConfig, Token
 from gptscale.config.step_plan import StepPlan
 from gptscale.data import transfer
 from gptscale.data.cache import ShardCache
-from gptscale.data.heldout import heldout_batches
+from gptscale.data.heldout import HeldoutBatches
 from gptscale.data.prepare import prepare
 from gptscale.data.remote import cache_for, open_corpus
 from gptscale.data.remote_rows import RemoteRowReader, row_reader
@@ -212,7 +212,7 @@ def test_a_damaged_copy_here(address: str, prepared: Path, cache: ShardCache, pr
 
 @pytest.mark.parametrize("length", [32, 300])
 def test_heldout_text(length: int, address: str, prepared: Path, cache: ShardCache) -> None:
-    there, here = (heldout_batches(path, length, 4, 11, 0, 2, cache=cache) for path in (address, prepared))
+    there, here = (HeldoutBatches(path, length, 4, 11, 0, 2, cache=cache) for path in (address, prepared))
     assert (there.loss_tokens, there.text_bytes, len(there)) == (here.loss_tokens, here.text_bytes, len(here))
     for found, expected in zip(there, here, strict=True):
         assert np.array_equal(found.inputs_BT, expected.inputs_BT)
