@@ -5,7 +5,9 @@ Shape legend: N rows, B sequences of a micro-batch, T tokens of a sequence; a ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,27 +29,33 @@ class BatchMaker:
     """Whether a document's first token is a target of the end_of_text before it."""
     pin: bool = False
 
-    def make(self, rows: Rows, length: int) -> Batch:
-        """Rows as sequences of `length` tokens: each row as it is, or cut into several."""
+    def make(self, rows: Rows, length: int, counts: Sequence[int]) -> list[Batch]:
+        """Rows as sequences of `length` tokens: each row as it is, or cut into several. The first `counts[0]` rows make
+        the first batch, and so on: what is done for all of them at once costs less."""
+        assert sum(counts) == len(rows.tokens)
         inputs_NT, targets_NT = rows.tokens[:, :-1], rows.tokens[:, 1:]
         silent_NT = self._silent(rows, inputs_NT)
-        silent_BT = None if silent_NT is None else silent_NT.reshape(-1, length)
         inputs_BT = inputs_NT.reshape(-1, length)
-        return Batch(
-            self._pinned(inputs_BT),
-            self._pinned(targets_NT.reshape(-1, length)),
-            inputs_BT.size if silent_BT is None else inputs_BT.size - int(np.count_nonzero(silent_BT)),
-            self._starts(rows, inputs_BT) if self.document_mask else None,
-            None if silent_BT is None else self._pinned(silent_BT),
-        )
+        sequences = [count * (inputs_NT.shape[1] // length) for count in counts]
+        loss_tokens = [count * length for count in sequences]
+        silent: Sequence[torch.Tensor | None] = [None] * len(counts)
+        if silent_NT is not None:
+            silent = self._parts(silent_NT.reshape(-1, length), sequences)
+            loss_tokens = [of_all - int(np.count_nonzero(one)) for of_all, one in zip(loss_tokens, silent, strict=True)]
+        starts: Sequence[torch.Tensor | None] = [None] * len(counts)
+        if self.document_mask:
+            starts = self._parts(self._starts(rows, inputs_BT), sequences)
+        inputs, targets = self._parts(inputs_BT, sequences), self._parts(targets_NT.reshape(-1, length), sequences)
+        return [Batch(*parts) for parts in zip(inputs, targets, loss_tokens, starts, silent, strict=True)]
 
-    def _starts(self, rows: Rows, inputs_BT: npt.NDArray[Any]) -> torch.Tensor:
+    def _starts(self, rows: Rows, inputs_BT: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         if rows.starts is None:
-            return self._pinned(document_starts(inputs_BT, self.end_of_text))
+            return document_starts(inputs_BT, self.end_of_text)
         length = inputs_BT.shape[1]
         within = rows.starts[:, :-1].reshape(len(rows.tokens), -1, length)
         begins = np.arange(within.shape[1])[:, None] * length
-        return self._pinned(np.maximum(within - begins, 0).reshape(-1, length))
+        found: npt.NDArray[np.int64] = np.maximum(within - begins, 0).reshape(-1, length)
+        return found
 
     def _silent(self, rows: Rows, inputs_NT: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
         """Targets that carry no loss [N, T]; None where all do."""
@@ -63,6 +71,10 @@ class BatchMaker:
         silent_NT: npt.NDArray[np.bool_] = foreign_NT | (position_T >= rows.used[:, None])
         return silent_NT
 
-    def _pinned(self, values: npt.NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        return tensor.pin_memory() if self.pin else tensor
+    def _parts(self, values: npt.NDArray[Any], sizes: list[int]) -> list[torch.Tensor]:
+        bounds = pairwise(accumulate(sizes, initial=0))
+        if not self.pin:
+            # Views of the rows will do: they are widened, and so copied, next.
+            return [torch.from_numpy(values[first:stop]) for first, stop in bounds]
+        pinned = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
+        return [pinned[first:stop] for first, stop in bounds]

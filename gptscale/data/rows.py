@@ -9,9 +9,9 @@ Shape legend: N rows, T = sequence_length inputs of a row.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+import resource
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from gptscale.data.order import Ints
 from gptscale.data.remote import AnyCorpus
 from gptscale.runtime.errors import UserError
 
-_MOST_OPEN_FILES = 128
+_MOST_OPEN_FILES = 4096
+"""By one reader, and at most a quarter of what its process may open."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,12 @@ class RowReader:
         self._first_token = np.concatenate([[0], np.cumsum(self._shard_tokens)])
         self.count = int(self._first_row[-1])
         """Rows there are."""
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._header_bytes = np.array(
+            [shard.token_bytes - shard.tokens * self._dtype.itemsize for shard in corpus.manifest.shards],
+            dtype=np.int64,
+        )
+        self._files: dict[int, int] = {}
+        self._most_open = min(_MOST_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def rows(self, numbers: Ints) -> Rows:
         """The rows of these numbers [N], all of them whole ones."""
@@ -67,10 +73,19 @@ class RowReader:
         shard = np.searchsorted(self._first_row, rows, side="right") - 1
         start = (rows - self._first_row[shard]) * self._length
         tokens = np.minimum(self._length + 1, self._shard_tokens[shard] - start)
+        item = self._dtype.itemsize
         out_NT = np.empty((len(rows), self._length + 1), dtype=self._dtype)
-        for row, (number, first, count) in enumerate(zip(shard.tolist(), start.tolist(), tokens.tolist(), strict=True)):
-            self.read_into(out_NT[row, :count], number, first)
-            out_NT[row, count:] = self.corpus.manifest.end_of_text
+        out_bytes, row_bytes = out_NT.reshape(-1).view(np.uint8).data, out_NT.shape[1] * item
+        offsets, sizes = self._header_bytes[shard] + start * item, tokens * item
+        # For every row of every step: no more than has to be.
+        files, read, place = self._files, os.preadv, 0
+        for number, offset, size in zip(shard.tolist(), offsets.tolist(), sizes.tolist(), strict=True):
+            descriptor = files[number] if number in files else self._file(number)
+            if read(descriptor, (out_bytes[place : place + size],), offset) != size:
+                self._refuse(number, offset + size)
+            place += row_bytes
+        for row in np.flatnonzero(tokens <= self._length).tolist():
+            out_NT[row, tokens[row] :] = self.corpus.manifest.end_of_text
         return out_NT, tokens - 1
 
     def stretches(self, number: int) -> tuple[int, tuple[tuple[int, int], ...]]:
@@ -91,22 +106,21 @@ class RowReader:
 
     def read_into(self, target: npt.NDArray[Any], number: int, first: int) -> None:
         """Fill `target` with the tokens from `first` on of shard `number`."""
-        shard = self.corpus.manifest.shards[number]
-        header_bytes = shard.token_bytes - shard.tokens * self._dtype.itemsize
-        offset = header_bytes + first * self._dtype.itemsize
-        got = os.preadv(self._file(number), [target.data], offset)
-        if got != target.nbytes:
-            raise UserError(
-                f"{self.corpus.token_path(shard)}: ends before byte {offset + target.nbytes}\n"
-                "it became shorter while in use: restore it and start the run again"
-            )
+        offset = int(self._header_bytes[number]) + first * self._dtype.itemsize
+        if os.preadv(self._file(number), [target.data], offset) != target.nbytes:
+            self._refuse(number, offset + target.nbytes)
+
+    def _refuse(self, number: int, end: int) -> NoReturn:
+        raise UserError(
+            f"{self.corpus.token_path(self.corpus.manifest.shards[number])}: ends before byte {end}\n"
+            "it became shorter while in use: restore it and start the run again"
+        )
 
     def _file(self, number: int) -> int:
         if number in self._files:
-            self._files.move_to_end(number)
             return self._files[number]
-        if len(self._files) >= _MOST_OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
+        if len(self._files) >= self._most_open:
+            os.close(self._files.pop(next(iter(self._files))))  # of a random order none is needed sooner
         path = self.corpus.token_path(self.corpus.manifest.shards[number])
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._files[number] = descriptor
@@ -119,6 +133,8 @@ def document_starts(inputs_NT: npt.NDArray[Any], end_of_text: int) -> npt.NDArra
     A document begins after an end_of_text, which is the last token of the one before, and with the row: what of it lies
     in another row is out of sight anyway.
     """
-    starts_NT = np.zeros(inputs_NT.shape, dtype=np.int64)
-    starts_NT[:, 1:] = (inputs_NT[:, :-1] == end_of_text) * np.arange(1, inputs_NT.shape[1])
-    return np.maximum.accumulate(starts_NT, axis=1)
+    rows, length = inputs_NT.shape
+    after = np.flatnonzero(inputs_NT == end_of_text) + 1
+    begins = np.sort(np.concatenate([np.arange(rows) * length, after[after % length != 0]]))
+    found: npt.NDArray[np.int64] = np.repeat(begins % length, np.diff(begins, append=rows * length))
+    return found.reshape(rows, length)

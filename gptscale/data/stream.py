@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,6 +183,9 @@ class TrainingStream:
         """The order of whole windows is worked out at once, which costs little more than that of a few positions."""
         if not len(positions):
             return self._window(0).take(positions)
+        first = int(positions[0]) // _WINDOW
+        if first == int(positions.min()) // _WINDOW == int(positions.max()) // _WINDOW:
+            return self._window(first).take(positions - first * _WINDOW)
         windows, which = np.unique(positions // _WINDOW, return_inverse=True)
         found = [self._window(number) for number in windows.tolist()]
         return Located(
@@ -264,11 +266,12 @@ def sample_hash(positions: Ints, rows_NT: npt.NDArray[Any]) -> int:
 
     A sum does not depend on which rank or micro-batch held a sample, so that ranks add theirs up.
     """
-    row_bytes = 4 * rows_NT.shape[1]
-    packed = np.empty((len(positions), 8 + row_bytes), dtype=np.uint8)
-    packed[:, :8] = positions.astype("<u8")[:, None].view(np.uint8)
-    packed[:, 8:] = np.ascontiguousarray(rows_NT, dtype="<u4").view(np.uint8)
-    return sum(xxhash.xxh3_64_intdigest(one.data) for one in packed) % (1 << 64)
+    hashed = np.empty((len(positions), 2 + rows_NT.shape[1]), dtype="<u4")
+    hashed[:, :2] = positions.astype("<u8")[:, None].view("<u4")
+    hashed[:, 2:] = rows_NT
+    data, size = hashed.reshape(-1).view(np.uint8).data, hashed.shape[1] * 4
+    digest = xxhash.xxh3_64_intdigest
+    return sum([digest(data[place : place + size]) for place in range(0, len(data), size)]) % (1 << 64)
 
 
 def microbatch_positions(plan: StepPlan, split: BatchSplit, data_rank: int, start: int) -> list[Ints]:
@@ -284,6 +287,17 @@ def microbatch_positions(plan: StepPlan, split: BatchSplit, data_rank: int, star
 
 class _ClosedError(Exception):
     """The feed was closed while its thread was at work."""
+
+
+def read_step(
+    stream: TrainingStream, plan: StepPlan, split: BatchSplit, data_rank: int, start: int
+) -> tuple[list[Batch], int]:
+    """The micro-batches of a data rank in the step that begins at position `start`, and the hash of their samples."""
+    groups = microbatch_positions(plan, split, data_rank, start)
+    positions = np.concatenate(groups)
+    found = stream.read(positions)
+    microbatches = stream.batches.make(found, plan.length(start), [len(group) for group in groups])
+    return microbatches, sample_hash(positions, found.tokens)
 
 
 @dataclass(frozen=True)
@@ -377,11 +391,4 @@ class StepFeed(Iterator[StepData]):
         return np.concatenate(microbatch_positions(self._plan, self._split, self._data_rank, start))
 
     def _step(self, start: int) -> tuple[int, list[Batch], int]:
-        groups = microbatch_positions(self._plan, self._split, self._data_rank, start)
-        positions = np.concatenate(groups)
-        found, length = self._stream.read(positions), self._plan.length(start)
-        ends = np.cumsum([len(group) for group in groups]).tolist()
-        microbatches = [
-            self._stream.batches.make(found.part(first, stop), length) for first, stop in pairwise([0, *ends])
-        ]
-        return start, microbatches, sample_hash(positions, found.tokens)
+        return start, *read_step(self._stream, self._plan, self._split, self._data_rank, start)

@@ -157,7 +157,8 @@ def choose_attention(
     plan = step_plan(settings)
     longest = max([0, *(stage.samples for stage in plan.stages)], key=plan.row_length)
     count = min(settings.train.micro_batch, plan.batch(longest))
-    first = corpora.stream.batches.make(corpora.stream.read(longest + np.arange(count)), plan.row_length(longest))
+    rows = corpora.stream.read(longest + np.arange(count))
+    (first,) = corpora.stream.batches.make(rows, plan.row_length(longest), [count])
     choice = choose_kernels(model, settings, first.starts_BT, progress.attention_kernels, ranks)
 
     def write() -> None:

@@ -45,7 +45,7 @@ def test_an_epoch_of_packed_rows_predicts_every_token_of_every_document_once(pre
     found, inside = [], 0
     for first in range(0, stream.samples_per_epoch, 64):
         rows = stream.read(np.arange(first, min(first + 64, stream.samples_per_epoch)))
-        batch = wide(stream.batches.make(rows, LENGTH))
+        batch = wide(*stream.batches.make(rows, LENGTH, [len(rows.tokens)]))
         assert batch.starts_BT is not None
         carries = batch.targets_BT != IGNORED_TARGET
         assert batch.loss_tokens == int(carries.sum())
@@ -72,7 +72,7 @@ def test_packed_rows_fill_up_with_what_is_no_target(prepared: Path) -> None:
     for row in short.tolist():
         assert set(rows.tokens[row, rows.used[row] :].tolist()) == {corpus.manifest.end_of_text}
     stream = stream_of(prepared, packed=True)
-    batch = wide(stream.batches.make(rows, LENGTH))
+    batch = wide(*stream.batches.make(rows, LENGTH, [len(rows.tokens)]))
     for row in short.tolist():
         assert set(batch.targets_BT[row, rows.used[row] - 1 :].tolist()) <= {IGNORED_TARGET}
     assert batch.starts_BT is None
@@ -98,7 +98,7 @@ def test_without_boundary_loss_nothing_is_predicted_from_the_end_of_a_document(p
 
 
 def test_cut_rows_are_what_they_were(prepared: Path) -> None:
-    batch = stream_of(prepared).batches.make(stream_of(prepared).read(np.arange(16)), LENGTH)
+    (batch,) = stream_of(prepared).batches.make(stream_of(prepared).read(np.arange(16)), LENGTH, [16])
     rows = stream_of(prepared).rows(np.arange(16))
     assert batch.inputs_BT.dtype == batch.targets_BT.dtype == torch.uint16, "a quarter of the bytes to the device"
     assert wide(batch).inputs_BT.dtype == wide(batch).targets_BT.dtype == torch.int64
@@ -116,7 +116,7 @@ def test_starts_of_packed_rows_follow_growing_sequences(prepared: Path) -> None:
     stream = stream_of(prepared, packed=True, document_mask=True)
     rows = stream.read(np.arange(16))
     assert rows.starts is not None
-    whole, cut = stream.batches.make(rows, LENGTH), stream.batches.make(rows, 8)
+    (whole,), (cut,) = stream.batches.make(rows, LENGTH, [16]), stream.batches.make(rows, 8, [16])
     assert whole.starts_BT is not None
     assert cut.starts_BT is not None
     for row in range(16):
