@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
 from gptscale.config.schema import MIN_LOSS_SCALE, DataConfig, ModelConfig, ProfileConfig, SourceConfig, TrainRoot
-from gptscale.config.stages import check_stages
+from gptscale.config.stages import as_corpora, check_stages, stage_folders
 from gptscale.config.step_plan import step_plan
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit, Topology, split_batch
@@ -182,11 +182,11 @@ def _check_heldout_sets(settings: TrainRoot) -> None:
 
 def _check_addresses(settings: TrainRoot) -> None:
     """A run's settings are kept and shown: no place for a password."""
-    path = settings.data.path
-    paths = [path] if isinstance(path, str) else [corpus.path for corpus in path or ()]
-    for key, address in [("data.path", one) for one in paths] + [
-        ("evaluation.sets", chosen.path) for chosen in settings.evaluation.sets
-    ]:
+    data = settings.data
+    addresses = [("data.path", corpus.path) for corpus in (() if data.path is None else as_corpora(data.path))]
+    addresses += [("data.stages", folder) for folder in stage_folders(data)]
+    addresses += [("evaluation.sets", chosen.path) for chosen in settings.evaluation.sets]
+    for key, address in addresses:
         if found := re.match(r"([a-z][a-z0-9+.-]*://)[^/]*:[^/]*@", address):
             raise UserError(
                 f"{key}={found[1]}… holds a password, and a run keeps its settings\n"

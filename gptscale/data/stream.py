@@ -175,6 +175,12 @@ class TrainingStream:
         remote = (one for one in self._readers.values() if isinstance(one, RemoteRowReader))
         return next((one.corpus.cache for one in remote), None)
 
+    @property
+    def remote_bytes(self) -> int:
+        """Of all training shards in stores together."""
+        corpora = {one.corpus.folder: one.corpus for one in self._readers.values() if isinstance(one, RemoteRowReader)}
+        return sum(shard.token_bytes for corpus in corpora.values() for shard in corpus.manifest.shards)
+
     def close(self) -> None:
         for reader in self._readers.values():
             reader.close()

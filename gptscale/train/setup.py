@@ -123,8 +123,20 @@ def open_corpora(settings: TrainRoot, ranks: Ranks, check: Check = go_on) -> Cor
     stages, cache = stage_texts(settings, folders), stream.cache
     if cache is None:
         cache = cache_for(settings.data, [chosen.path for chosen in settings.evaluation.sets], check)
+    if ranks.rank == 0:
+        warn_of_little_room(settings.data, stream)
     heldout = tuple(open_heldout(settings, folders, stream, ranks, cache))
     return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), stages, cache)
+
+
+def warn_of_little_room(data: DataConfig, stream: TrainingStream) -> None:
+    """Where an order that draws from all shards at once would fetch each of them again and again."""
+    room = data.cache_bytes
+    if data.order == "full" and room is not None and stream.remote_bytes > room:
+        LOG.warning(
+            f"data.cache_bytes={room} holds a part of the {stream.remote_bytes:,} bytes of shards in stores, and "
+            "data.order=full draws from all of them: each is fetched many times; set data.order=block, or more bytes"
+        )
 
 
 def stage_texts(settings: TrainRoot, folders: tuple[CorpusConfig, ...]) -> tuple[StageText, ...]:

@@ -28,6 +28,7 @@ from gptscale.data.transfer import Patience, until_stopped
 from gptscale.evaluate.bigram import bigram_loss
 from gptscale.runtime.errors import StoppedError, UserError
 from gptscale.topology import split_batch
+from gptscale.train.setup import warn_of_little_room
 from tests.helpers.cache_worker import LENGTH, QUICK, bytes_in
 from tests.helpers.processes import wait_until
 from tests.helpers.s3 import S3, Kind, Proxy
@@ -193,6 +194,18 @@ def test_a_cache_that_holds_no_shard_and_a_folder_that_is_none(address: str, tmp
     found = cache_for(DataConfig(corpora_dir=str(tmp_path), cache_bytes=7), ["corpora/mine", address])
     assert found is not None
     assert (found.folder, found.limit_bytes) == (tmp_path / "cache", 7)
+
+
+def test_little_room_for_an_order_of_all_shards_is_said(
+    address: str, cache: ShardCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = stream_of([address], cache)
+    assert stream.remote_bytes == sum(shard.token_bytes for shard in stream._readers[0].corpus.manifest.shards) > 0
+    for data in (DataConfig(), DataConfig(cache_bytes=10**9), DataConfig(cache_bytes=1000, order="block")):
+        warn_of_little_room(data, stream)
+        assert not caplog.records
+    warn_of_little_room(DataConfig(cache_bytes=1000), stream)
+    assert "data.cache_bytes=1000 holds a part of the" in caplog.text
 
 
 def test_a_damaged_copy_here(address: str, prepared: Path, cache: ShardCache, proxy: Proxy) -> None:
