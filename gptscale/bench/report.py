@@ -11,6 +11,7 @@ from gptscale.bench.contender import COMPARED_STEPS, MATMUL, Contender, Section
 from gptscale.bench.environment import Environment
 from gptscale.bench.rounds import Samples
 from gptscale.bench.summary import Peak, Row, Spread
+from gptscale.bench.tables import aligned
 from gptscale.config.build import plain
 from gptscale.config.schema import BenchConfig, TrainRoot
 from gptscale.config.step_plan import tokens_per_step
@@ -103,18 +104,13 @@ def _table(report: Report) -> list[str]:
         ]
         for row in report.rows
     ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def aligned(cells: Sequence[str]) -> str:
-        pairs = enumerate(zip(cells, widths, strict=True))
-        return "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in pairs)
-
-    lines = [aligned(header)]
+    head, *body = aligned([header, *rows])
+    lines = [head]
     section = None
-    for row, cells in zip(report.rows, rows, strict=True):
+    for row, line in zip(report.rows, body, strict=True):
         if section != (section := report.sections[row.name]):
             lines.append(f"· {section}")
-        lines.append(aligned(cells))
+        lines.append(line)
     return lines
 
 

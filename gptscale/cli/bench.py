@@ -1,4 +1,4 @@
-"""`gptscale bench step`: what an optimizer step costs on each engine, beside a bare PyTorch loop."""
+"""`gptscale bench step|data`: what an optimizer step costs, or its data, beside other people's."""
 
 from __future__ import annotations
 
@@ -11,24 +11,38 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from gptscale.config.compose import compose
-from gptscale.config.schema import BenchRoot
+from gptscale.config.schema import BenchDataRoot, BenchRoot
 from gptscale.launcher.ports import reserved_port
 from gptscale.runtime.errors import EXIT_DONE, EXIT_FAILED, UserError
 from gptscale.runtime.files import write_bytes_atomically
 
-SUBJECTS = {"step": "one optimizer step of every engine, beside a bare loop, Hugging Face and a nanoGPT-style loop"}
+SUBJECTS = {
+    "step": "one optimizer step of every engine, beside a bare loop, Hugging Face and a nanoGPT-style loop",
+    "data": "reading training data and tokenising, beside other people's loaders and tokenizers",
+}
 
 
 def help_text() -> str:
     from gptscale.cli.help import settings_help
 
-    return settings_help("bench", f"step: {SUBJECTS['step']}", BenchRoot, "gptscale bench step bench.output=step.json")
+    return "\n\n".join(
+        settings_help(f"bench {name}", SUBJECTS[name], schema, f"gptscale bench {name} bench.output={name}.json")
+        for name, schema in (("step", BenchRoot), ("data", BenchDataRoot))
+    )
 
 
 def run(arguments: Sequence[str]) -> int:
-    settings = compose("bench", BenchRoot, _after_subject(arguments)).settings
+    subject = _subject(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
+    measure = {"step": _step, "data": _data}[subject]
+    return measure(arguments[1:], f"gptscale bench {shlex.join(arguments)}")
+
+
+def _step(arguments: Sequence[str], command: str) -> int:
+    settings = compose("bench", BenchRoot, arguments).settings
     from gptscale.bench.contender import build_contenders, left_out
     from gptscale.bench.group import BenchError
     from gptscale.bench.report import to_json, to_text
@@ -37,8 +51,6 @@ def run(arguments: Sequence[str]) -> int:
     contenders = build_contenders(settings)
     output = _writable(settings.bench.output)
     _prepare_openmp(settings.bench.threads)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
-    command = f"gptscale bench {shlex.join(arguments)}"
     with ExitStack() as ports:
         try:
             report = bench_step(
@@ -46,22 +58,48 @@ def run(arguments: Sequence[str]) -> int:
                 contenders,
                 command,
                 lambda: 0 if settings.bench.ranks == 1 else ports.enter_context(reserved_port()),
-                lambda line: print(line, file=sys.stderr, flush=True),
+                _say,
                 left_out(settings),
             )
         except BenchError as error:
             print(error, file=sys.stderr)
             return EXIT_FAILED
-    if output is not None:
-        write_bytes_atomically(output, json.dumps(to_json(report), indent=1).encode() + b"\n")
+    _write(output, to_json(report))
     print(to_text(report))
     return EXIT_DONE
 
 
-def _after_subject(arguments: Sequence[str]) -> list[str]:
+def _data(arguments: Sequence[str], command: str) -> int:
+    bench = compose("bench_data", BenchDataRoot, arguments).settings.bench
+    from gptscale.bench.data import bench_data
+    from gptscale.bench.data_report import to_json, to_text
+    from gptscale.bench.environments import NotAvailableError
+
+    output = _writable(bench.output)
+    _prepare_openmp(threads=1)
+    try:
+        report = bench_data(bench, command, _say)
+    except NotAvailableError as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    _write(output, to_json(report))
+    print(to_text(report))
+    return EXIT_DONE
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _write(output: Path | None, figures: dict[str, Any]) -> None:
+    if output is not None:
+        write_bytes_atomically(output, json.dumps(figures, indent=1).encode() + b"\n")
+
+
+def _subject(arguments: Sequence[str]) -> str:
     subject = arguments[0] if arguments else ""
     if subject in SUBJECTS:
-        return list(arguments[1:])
+        return subject
     near = difflib.get_close_matches(subject, SUBJECTS, n=1)
     fix = f"did you mean 'gptscale bench {near[0]}'?" if near else f"there are: {', '.join(SUBJECTS)}"
     if not subject or "=" in subject:

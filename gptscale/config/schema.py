@@ -520,3 +520,36 @@ class BenchRoot(TrainRoot):
     """
 
     bench: BenchConfig = field(default_factory=BenchConfig)
+
+
+@dataclass(frozen=True)
+class BenchDataConfig:
+    """How `gptscale bench data` measures."""
+
+    rounds: int = 5
+    """Rounds in which every contender has one turn."""
+    tokens: int = 50_000_000
+    """Of the corpus that readers read, drawn at random."""
+    sequence_length: int = 2048
+    batch: int = 8
+    """Sequences of a batch."""
+    vocab_size: int = 8192
+    text_bytes: int = 24_000_000
+    """Of the text that is tokenised: the standard library's, again and again."""
+    readers: tuple[str, ...] = ()
+    """Default: all. `none`: leave them out."""
+    tokenisers: tuple[str, ...] = ()
+    """The same of tokenizers."""
+    environments: str | None = None
+    """Where other people's libraries are installed, some gigabytes. Default: a folder in the user's cache."""
+    folder: str | None = None
+    """Where the corpora are written meanwhile, some ten times 2 bytes a token. Default: that of temporary files."""
+    output: str | None = None
+    """A JSON file for the figures and every sample."""
+
+
+@dataclass(frozen=True)
+class BenchDataRoot:
+    """What `gptscale bench data` reads."""
+
+    bench: BenchDataConfig = field(default_factory=BenchDataConfig)

@@ -1,0 +1,87 @@
+"""gptscale's own: what a training rank does for its batches, the hash of its samples included."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptscale.bench.readers.common import Batches, Work, cpu_seconds
+from gptscale.bench.readers.tokenisers import Encoded
+from gptscale.config.schema import CorpusConfig, DataConfig, SourceConfig, TokenizerConfig
+from gptscale.config.step_plan import StepPlan
+from gptscale.data.corpus import read_manifest
+from gptscale.data.order import FULL
+from gptscale.data.prepare import prepare as prepare_corpus
+from gptscale.data.shards import SPLITS
+from gptscale.data.stages import Mixture, StagedOrder, Track
+from gptscale.data.stream import TrainingStream, read_step
+from gptscale.flow import Batch
+from gptscale.parallel.plain import on_device
+from gptscale.topology import split_batch
+
+STEP_BATCHES = 8
+"""Micro-batches of an optimizer step."""
+
+
+def build(work: Work) -> None:
+    shutil.rmtree(work.folder, ignore_errors=True)
+    source = SourceConfig(path=work.ids, format="tokens", end_of_text=work.end_of_text)
+    data = DataConfig(sources=(source,), workers=1, heldout_fraction=0.01)
+    prepare_corpus(data, TokenizerConfig(path=work.tokenizer), Path(work.folder))
+
+
+def prepare(texts: list[str], tokenizer: str, target: str, workers: int) -> Encoded:
+    """Prepare JSON lines as `gptscale prepare` does."""
+    sources = tuple(SourceConfig(path=text, format="jsonl") for text in texts)
+    began_s, began_cpu_s = time.perf_counter(), cpu_seconds()
+    prepare_corpus(DataConfig(sources=sources, workers=workers), TokenizerConfig(path=tokenizer), Path(target))
+    wall_s, cpu_s = time.perf_counter() - began_s, cpu_seconds() - began_cpu_s
+    manifests = [read_manifest(Path(target), split) for split in SPLITS]
+    parts = [part for manifest in manifests for part in manifest.parts]
+    return Encoded(sum(part.text_bytes for part in parts), sum(part.tokens for part in parts), wall_s, cpu_s)
+
+
+class Reader:
+    flags = (
+        f"full permutation; {STEP_BATCHES} micro-batches at a time, samples hashed; no thread, as peers without workers"
+    )
+
+    def __init__(self, work: Work, state: Any) -> None:
+        corpora = (CorpusConfig(work.folder),)
+        self._stream = TrainingStream(corpora, work.sequence_length, work.seed, document_mask=work.documents)
+        self._rows = STEP_BATCHES * work.batch
+        self._plan = StepPlan(self._rows, work.sequence_length)
+        self._split = split_batch(self._rows, work.batch, 1)
+        self._taken: int = state or 0
+
+    def __iter__(self) -> Iterator[Batches]:
+        host = torch.device("cpu")
+        for microbatches in self._steps(self._taken // STEP_BATCHES):
+            for batch in microbatches[self._taken % STEP_BATCHES :]:
+                self._taken += 1
+                inputs_BT, targets_BT, documents = on_device(batch, host)
+                if documents is None:
+                    yield inputs_BT, targets_BT
+                else:
+                    yield inputs_BT, targets_BT, documents.cu_seqlens, documents.positions
+
+    def _steps(self, step: int) -> Iterator[list[Batch]]:
+        while True:
+            yield read_step(self._stream, self._plan, self._split, 0, step * self._rows)[0]
+            step += 1
+
+    def state(self) -> Any:
+        return self._taken
+
+
+def order(samples: int) -> Any:
+    """Keys of a permutation; the places of the first 4096 samples."""
+    made = StagedOrder([Mixture(0, (Track("0" * 64, 4096, 0, samples),), (1.0,), True, "data.path")], FULL)
+    made.locate(np.arange(4096))
+    return made
