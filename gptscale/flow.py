@@ -2,7 +2,7 @@
 
 Nothing here computes. Torch is imported for type checkers only, so that stages which never touch a tensor stay light.
 
-Shape legend: B sequences of a micro-batch, T tokens of a sequence.
+Shape legend: B sequences of a micro-batch, T tokens of a sequence, T1 = T + 1.
 """
 
 from __future__ import annotations
@@ -47,18 +47,17 @@ class Position:
 class Batch:
     """One micro-batch of one data rank.
 
-    `inputs_BT` and `targets_BT` are int64, or of the type that shards have, for the way to the device, where they are
-    widened. A target that is silent, or equal to `IGNORED_TARGET`, carries no loss. `loss_tokens` counts those that do,
-    on the host, so that nobody has to ask the device.
+    `tokens_BT1` [B, T+1] are inputs, all but a row's last, and targets, all but its first: int64, or of the type that
+    shards have, for the way to the device, where they are widened. `loss_tokens` counts the targets that carry loss, on
+    the host, so that nobody has to ask the device.
     """
 
-    inputs_BT: Tensor
-    targets_BT: Tensor
+    tokens_BT1: Tensor
     loss_tokens: int
     starts_BT: Tensor | None = None
     """With document masks: for each token the position in its row at which its document begins; int64, on the host."""
     silent_BT: Tensor | None = None
-    """True where a target is silent, whatever its id; None: nowhere."""
+    """True where a target carries no loss; None: nowhere."""
 
 
 class Duration(Protocol):

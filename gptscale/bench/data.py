@@ -92,11 +92,22 @@ class ReaderSamples:
         return all(one.digest == two.digest for one, two in zip(self.passes, self.resumes, strict=True))
 
 
+@dataclass
+class LargeSamples:
+    """Of our own on a corpus of `ORDER_TOKENS` tokens. One entry a round."""
+
+    shards: int
+    passes: list[Pass] = field(default_factory=list)
+    resumes: list[Resumed] = field(default_factory=list)
+    """In the middle of an epoch."""
+
+
 @dataclass(frozen=True)
 class DataReport:
     bench: BenchDataConfig
     environment: Environment
     readers: dict[str, ReaderSamples]
+    large: LargeSamples | None
     limits: dict[str, list[float]]
     """Tokens a second of what no reader can do without, by round."""
     tokenisers: dict[str, list[Encoded]]
@@ -157,13 +168,14 @@ def bench_data(bench: BenchDataConfig, command: str, say: Say) -> DataReport:
         texts = write_text(folder / "text", bench.text_bytes)
         train_tokenizer(_texts(texts), bench.vocab_size, folder / "tokenizer.model")
         work = write_ids(folder, bench)
-        read = _read(turns, bench, work, readers, left_out, say) if readers else ({}, {})
+        read = _read(turns, bench, work, readers, left_out, say) if readers else ({}, {}, None)
         tokenised = _tokenise(turns, bench, folder, texts, tokenisers, left_out, say) if tokenisers else {}
     return DataReport(
         bench=bench,
         environment=describe_environment(command, 1, 1, "cpu", False, load_at_start),
         readers=read[0],
         limits=read[1],
+        large=read[2],
         tokenisers=tokenised,
         versions=_versions([*read[0]], [*tokenised]),
         left_out=left_out,
@@ -228,7 +240,7 @@ def write_ids(folder: Path, bench: BenchDataConfig) -> Work:
 
 def _read(
     turns: Turns, bench: BenchDataConfig, common: Work, names: Sequence[str], left_out: dict[str, str], say: Say
-) -> tuple[dict[str, ReaderSamples], dict[str, list[float]]]:
+) -> tuple[dict[str, ReaderSamples], dict[str, list[float]], LargeSamples]:
     # All of them read less than their corpus: of ours a hundredth is held out, others drop ends.
     batches = bench.tokens // bench.sequence_length // bench.batch * 97 // 100
     if batches < 4 * COMPARED_BATCHES:
@@ -277,6 +289,10 @@ def _read(
         say(f"{name}: its own format, and its order of {ORDER_TOKENS:.0e} tokens")
         attempt(name, lambda name=name: build(READERS[name]))  # type: ignore[misc]
         attempt(name, lambda name=name: order(name, READERS[name]))  # type: ignore[misc]
+    large_work = _work(common, ReaderContender("ours_large", None))
+    small = _work(common, READERS[OURS]).folder
+    large = LargeSamples(turns.take(None, "ours_large", "make", work=large_work, small=small, tokens=ORDER_TOKENS))
+    middle = ORDER_TOKENS // bench.sequence_length // bench.batch // 2
     bounds: dict[str, list[float]] = {}
     for number in range(bench.rounds):
         say(f"readers: round {number + 1} of {bench.rounds}")
@@ -284,7 +300,10 @@ def _read(
             bounds.setdefault(limit, []).append(rate)
         for name in _rotated(names, number):
             attempt(name, lambda name=name: turn(name, READERS[name]))  # type: ignore[misc]
-    return samples, bounds
+        read, _ = turns.take(None, "ours_large", "pass", work=large_work, batches=3 * COMPARED_BATCHES, resume_at=8)
+        large.passes.append(read)
+        large.resumes.append(turns.take(None, "ours_large", "resume", work=large_work, state=middle))
+    return samples, bounds, large
 
 
 def _work(common: Work, contender: ReaderContender) -> Work:

@@ -15,6 +15,7 @@ from gptscale.bench.data import (
     READERS,
     TOKENISERS,
     DataReport,
+    LargeSamples,
     ReaderSamples,
 )
 from gptscale.bench.readers.common import Ordered, Pass
@@ -84,6 +85,7 @@ def _reader_lines(report: DataReport) -> list[str]:
         "memory: beyond torch's, after the pass.",
         "exact: after the resume come the same ids that the first process went on with.",
         "",
+        *(_large(report.large) if report.large is not None else []),
         f"the order of {ORDER_TOKENS:.0e} tokens ({ORDER_TOKENS // ORDER_LENGTH:,} samples):",
         *(
             f"  {name}: {_order(samples.order)}"
@@ -94,6 +96,16 @@ def _reader_lines(report: DataReport) -> list[str]:
         *(f"{name}: {samples.passes[0].flags}" for name, samples in report.readers.items()),
     ]
     return lines
+
+
+def _large(large: LargeSamples) -> list[str]:
+    opened, resumed = (_milliseconds([one.opened_s for one in ones]) for ones in (large.passes, large.resumes))
+    memory = _median(large.passes, lambda one: one.resident_bytes) / 1e6
+    return [
+        f"{OURS} on {ORDER_TOKENS:.0e} tokens in {large.shards:,} shards (files with holes): opened {opened}, resumed "
+        f"in the middle {resumed}, memory {memory:,.0f} MB",
+        "",
+    ]
 
 
 def _tokeniser_lines(report: DataReport) -> list[str]:
@@ -169,6 +181,7 @@ def to_json(report: DataReport) -> dict[str, Any]:
             name: {"environment": READERS[name].environment, "exact": samples.exact, **dataclasses.asdict(samples)}
             for name, samples in report.readers.items()
         },
+        "large": None if report.large is None else dataclasses.asdict(report.large),
         "limits": report.limits,
         "tokenisers": {name: [dataclasses.asdict(one) for one in ones] for name, ones in report.tokenisers.items()},
         "not_run": report.left_out,

@@ -147,7 +147,7 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
         total = torch.zeros((), device=device)
         for batch in microbatches:
             with torch.autocast(device.type, compute, enabled=compute != torch.float32):
-                loss: torch.Tensor = mean_loss(batch.inputs_BT, batch.targets_BT) / len(microbatches)
+                loss: torch.Tensor = mean_loss(*on_device(batch, device)[:2]) / len(microbatches)
             torch.autograd.backward(loss)
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
@@ -236,8 +236,7 @@ def random_batches(contender: Contender, rank: int, device: torch.device) -> lis
         mine = list(split.rows(rank))
         microbatches = []
         for part in (mine[first : first + split.micro_batch] for first in range(0, len(mine), split.micro_batch)):
-            inputs_BT, targets_BT = rows[part, :-1].to(device), rows[part, 1:].to(device)
             starts_BT = None if starts is None else starts[part]
-            microbatches.append(Batch(inputs_BT, targets_BT, targets_BT.numel(), starts_BT))
+            microbatches.append(Batch(rows[part].to(device), len(part) * length, starts_BT))
         pool.append(microbatches)
     return pool

@@ -534,7 +534,7 @@ class BenchDataConfig:
     batch: int = 8
     """Sequences of a batch."""
     vocab_size: int = 8192
-    text_bytes: int = 24_000_000
+    text_bytes: int = 64_000_000
     """Of the text that is tokenised: the standard library's, again and again."""
     readers: tuple[str, ...] = ()
     """Default: all. `none`: leave them out."""

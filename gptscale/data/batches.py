@@ -33,10 +33,9 @@ class BatchMaker:
         """Rows as sequences of `length` tokens: each row as it is, or cut into several. The first `counts[0]` rows make
         the first batch, and so on: what is done for all of them at once costs less."""
         assert sum(counts) == len(rows.tokens)
-        inputs_NT, targets_NT = rows.tokens[:, :-1], rows.tokens[:, 1:]
-        silent_NT = self._silent(rows, inputs_NT)
-        inputs_BT = inputs_NT.reshape(-1, length)
-        sequences = [count * (inputs_NT.shape[1] // length) for count in counts]
+        pieces = (rows.tokens.shape[1] - 1) // length
+        silent_NT = self._silent(rows)
+        sequences = [count * pieces for count in counts]
         loss_tokens = [count * length for count in sequences]
         silent: Sequence[torch.Tensor | None] = [None] * len(counts)
         if silent_NT is not None:
@@ -44,24 +43,27 @@ class BatchMaker:
             loss_tokens = [of_all - int(np.count_nonzero(one)) for of_all, one in zip(loss_tokens, silent, strict=True)]
         starts: Sequence[torch.Tensor | None] = [None] * len(counts)
         if self.document_mask:
-            starts = self._parts(self._starts(rows, inputs_BT), sequences)
-        inputs, targets = self._parts(inputs_BT, sequences), self._parts(targets_NT.reshape(-1, length), sequences)
-        return [Batch(*parts) for parts in zip(inputs, targets, loss_tokens, starts, silent, strict=True)]
+            starts = self._parts(self._starts(rows, length), sequences)
+        tokens_BT1 = rows.tokens
+        if pieces > 1:  # neighbours share a token
+            places = np.arange(pieces)[:, None] * length + np.arange(length + 1)
+            tokens_BT1 = rows.tokens[:, places].reshape(-1, length + 1)
+        tokens = self._parts(tokens_BT1, sequences)
+        return [Batch(*parts) for parts in zip(tokens, loss_tokens, starts, silent, strict=True)]
 
-    def _starts(self, rows: Rows, inputs_BT: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    def _starts(self, rows: Rows, length: int) -> npt.NDArray[np.int64]:
         if rows.starts is None:
-            return document_starts(inputs_BT, self.end_of_text)
-        length = inputs_BT.shape[1]
+            return document_starts(rows.tokens[:, :-1].reshape(-1, length), self.end_of_text)
         within = rows.starts[:, :-1].reshape(len(rows.tokens), -1, length)
         begins = np.arange(within.shape[1])[:, None] * length
         found: npt.NDArray[np.int64] = np.maximum(within - begins, 0).reshape(-1, length)
         return found
 
-    def _silent(self, rows: Rows, inputs_NT: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
+    def _silent(self, rows: Rows) -> npt.NDArray[np.bool_] | None:
         """Targets that carry no loss [N, T]; None where all do."""
         if rows.used is None and self.boundary_loss:
             return None
-        closing_NT: npt.NDArray[np.bool_] = inputs_NT == self.end_of_text
+        closing_NT: npt.NDArray[np.bool_] = rows.tokens[:, :-1] == self.end_of_text
         if rows.used is None or rows.starts is None:
             return closing_NT
         position_T = np.arange(1, rows.tokens.shape[1])

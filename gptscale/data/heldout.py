@@ -19,7 +19,7 @@ from gptscale.data.order import Ints
 from gptscale.data.remote import fetch_manifest, open_corpus
 from gptscale.data.remote_rows import row_reader
 from gptscale.data.rows import RowReader, document_starts
-from gptscale.flow import IGNORED_TARGET, Batch
+from gptscale.flow import Batch
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
 
@@ -90,15 +90,15 @@ class HeldoutBatches:
         return mean_loss * self.loss_tokens / (math.log(2) * self.text_bytes)
 
     def _batch(self, rows: Ints) -> Batch:
-        rows_BT, real_BT = self._read(rows)
-        length = rows_BT.shape[1] - 1
+        rows_NT1, real_NT = self._read(rows)
         end_of_text = self._reader.corpus.manifest.end_of_text
-        inputs_BT = np.full((self._micro_batch, length), end_of_text, dtype=np.int64)
-        targets_BT = np.full((self._micro_batch, length), IGNORED_TARGET, dtype=np.int64)
-        inputs_BT[: len(rows_BT)] = rows_BT[:, :-1]
-        targets_BT[: len(rows_BT)] = np.where(real_BT, rows_BT[:, 1:].astype(np.int64), IGNORED_TARGET)
-        starts_BT = torch.from_numpy(document_starts(inputs_BT, end_of_text)) if self._document_mask else None
-        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT), int(real_BT.sum()), starts_BT)
+        tokens_BT1 = np.full((self._micro_batch, rows_NT1.shape[1]), end_of_text, dtype=rows_NT1.dtype)
+        silent_BT = np.ones((self._micro_batch, rows_NT1.shape[1] - 1), dtype=np.bool_)
+        tokens_BT1[: len(rows_NT1)], silent_BT[: len(rows_NT1)] = rows_NT1, ~real_NT
+        starts = torch.from_numpy(document_starts(tokens_BT1[:, :-1], end_of_text)) if self._document_mask else None
+        loss_tokens = int(real_NT.sum())
+        silent = torch.from_numpy(silent_BT) if loss_tokens < silent_BT.size else None
+        return Batch(torch.from_numpy(tokens_BT1), loss_tokens, starts, silent)
 
     def _totals(self) -> tuple[int, int]:
         byte_lengths = Tokenizer.load(self._reader.corpus.tokenizer_path).byte_lengths()

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random import SeedSequence
 
 from gptscale.data.mixture import PERIOD, MixtureTable, mixture_table
 from gptscale.data.mixture import Ints as Ints  # where those who ask for an order look for it
@@ -67,6 +68,8 @@ class FullShuffle:
         return {"algorithm": ALGORITHM}
 
     def permute(self, draws: Ints, epochs: Ints, size: int, seed: int, corpus: int) -> Ints:
+        if epochs.min() == epochs.max():
+            return permute(draws, size, keys_of_epochs(epochs[:1], seed, corpus))
         different, which = np.unique(epochs, return_inverse=True)
         return permute(draws, size, keys_of_epochs(different, seed, corpus)[:, which])
 
@@ -116,7 +119,7 @@ class SampleOrder:
         draw = earlier[mine] + period * self._table.draws[mine] + self._table.earlier[slot]
         epoch, sample = np.divmod(draw, np.array(self.sizes, dtype=np.int64)[mine])
         numbers = np.array(self.numbers or range(len(self.sizes)), dtype=np.int64)
-        for index in np.unique(mine).tolist():
+        for index in np.flatnonzero(np.bincount(mine, minlength=len(self.sizes))).tolist():
             of_corpus = mine == index
             sample[of_corpus] = self.shuffle.permute(
                 sample[of_corpus], epoch[of_corpus], self.sizes[index], self.seed, int(numbers[index])
@@ -187,7 +190,7 @@ def splitmix64(z: Words) -> Words:
 @lru_cache(maxsize=4096)
 def round_keys(seed: int, corpus: int, epoch: int, *purpose: int) -> npt.NDArray[Any]:
     """Six independent keys, uint64 [ROUNDS]. `SeedSequence` promises the same words in every numpy version."""
-    return np.random.SeedSequence(seed, spawn_key=(corpus, epoch, *purpose)).generate_state(ROUNDS, np.uint64)
+    return SeedSequence(seed, spawn_key=(corpus, epoch, *purpose)).generate_state(ROUNDS, np.uint64)
 
 
 def keys_of_epochs(epochs: Ints, seed: int, corpus: int, *purpose: int) -> Words:

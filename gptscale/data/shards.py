@@ -17,6 +17,7 @@ import io
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -89,7 +90,8 @@ class Manifest:
     def identity(self) -> str:
         """sha256 of the canonical JSON of all that decides the samples. Not of whence the text came, so that the same
         text prepared from another folder is the same corpus."""
-        content = {key: value for key, value in asdict(self).items() if key not in ("parts", "shuffled")}
+        content = {key: value for key, value in vars(self).items() if key not in ("parts", "shuffled")}
+        content["shards"] = [vars(shard) for shard in self.shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
@@ -124,6 +126,15 @@ def file_xxh3_128(path: Path) -> str:
         while block := file.read(_COPY_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def npy_header(dtype: np.dtype[Any], count: int) -> bytes:
+    """What the .npy file of `count` numbers begins with."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
+    assert header.tell() == _HEADER_BYTES
+    return header.getvalue()
 
 
 class ShardWriter:
@@ -230,13 +241,8 @@ class _NpyFile:
             self._file.close()
 
     def close(self) -> None:
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": self._dtype.str, "fortran_order": False, "shape": (self.count,)}
-        )
-        assert header.tell() == _HEADER_BYTES
         with self._file:
             self._file.seek(0)
-            self._file.write(header.getvalue())
+            self._file.write(npy_header(self._dtype, self.count))
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -43,13 +43,8 @@ class Tokenizer(ABC):
     @staticmethod
     def load(path: Path) -> Tokenizer:
         """Read a sentencepiece model or a tokenizer.json. Raises UserError where it is missing or cannot be used."""
+        content = _content(path)
         # Each imports its library, of which a process mostly needs one.
-        try:
-            content = path.read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise UserError(
-                f"{path}: no tokenizer there\nname the file: …/tokenizer.model, or a …/tokenizer.json"
-            ) from error
         if content.lstrip()[:1] == b"{":
             from gptscale.tokenizer.json_model import JsonTokenizer
 
@@ -57,6 +52,11 @@ class Tokenizer(ABC):
         from gptscale.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
         return SentencePieceTokenizer(content, str(path))
+
+    @staticmethod
+    def sha256_of(path: Path) -> str:
+        """`sha256` of the tokenizer in a file, without loading it. Raises UserError where the file is missing."""
+        return hashlib.sha256(_content(path)).hexdigest()
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
@@ -83,6 +83,15 @@ class Tokenizer(ABC):
     def byte_lengths(self) -> npt.NDArray[np.int64]:
         """Bytes of text that each token stands for, [vocab_size]; 0 for special tokens."""
         return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(
+            f"{path}: no tokenizer there\nname the file: …/tokenizer.model, or a …/tokenizer.json"
+        ) from error
 
 
 def find_tokenizer(folder: Path) -> Path | None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gptscale.flow import Batch
 from gptscale.parallel.plain import on_device
 
 
-def wide(batch: Batch) -> Batch:
-    """With int64 ids, silent targets marked in them."""
+class Wide(NamedTuple):
+    """int64 ids; silent targets are marked."""
+
+    inputs_BT: Tensor
+    targets_BT: Tensor
+    loss_tokens: int
+    starts_BT: Tensor | None
+
+
+def wide(batch: Batch) -> Wide:
     inputs_BT, targets_BT, _ = on_device(batch, torch.device("cpu"))
-    return replace(batch, inputs_BT=inputs_BT, targets_BT=targets_BT, silent_BT=None)
+    return Wide(inputs_BT, targets_BT, batch.loss_tokens, batch.starts_BT)

@@ -23,7 +23,7 @@ from gptscale.config.schema import (
     TrainRoot,
 )
 from gptscale.data.rows import document_starts
-from gptscale.flow import IGNORED_TARGET, Batch
+from gptscale.flow import Batch
 from gptscale.model.compiling import compile_blocks
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
@@ -175,15 +175,15 @@ def gathered(engine: Engine, kind: str) -> dict[str, npt.NDArray[Any]]:
 def batches(step: int, cell: Cell, split: BatchSplit, data_rank: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(step)
     rows = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, LENGTH + 1), generator=generator)
-    targets = rows[:, 1:].clone()
+    silent = torch.zeros(GLOBAL_BATCH, LENGTH, dtype=torch.bool)
     if cell.masks:
         for row in range(GLOBAL_BATCH):
-            targets[row, : 3 * row] = IGNORED_TARGET
+            silent[row, : 3 * row] = True
     mine = list(split.rows(data_rank))
     return [
-        Batch(inputs, marked, int((marked != IGNORED_TARGET).sum()), starts(inputs) if cell.documents else None)
-        for inputs, marked in zip(
-            rows[mine, :-1].split(split.micro_batch), targets[mine].split(split.micro_batch), strict=True
+        Batch(tokens, int((~quiet).sum()), starts(tokens[:, :-1]) if cell.documents else None, quiet)
+        for tokens, quiet in zip(
+            rows[mine].split(split.micro_batch), silent[mine].split(split.micro_batch), strict=True
         )
     ]
 

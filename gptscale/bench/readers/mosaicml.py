@@ -64,7 +64,7 @@ class Reader:
 
 def order(samples: int) -> Any:
     """The ids of an epoch, as `StreamingDataset` works them out at its start and at every resume."""
-    partition = _import("streaming.base.partition").get_partitions("relaxed", samples, 64, 1, 1, 1, batch_size=None)
+    partition = _import("streaming.base.partition").get_partitions("relaxed", samples, 64, 1, 1, 1, 8)
     shard_samples = 1 << 15
     sizes = np.full(-(-samples // shard_samples), shard_samples, np.int64)
     sizes[-1] = samples - shard_samples * (len(sizes) - 1)

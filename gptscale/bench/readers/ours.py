@@ -25,7 +25,7 @@ from gptscale.flow import Batch
 from gptscale.parallel.plain import on_device
 from gptscale.topology import split_batch
 
-STEP_BATCHES = 8
+STEP_BATCHES = 16
 """Micro-batches of an optimizer step."""
 
 
@@ -40,7 +40,8 @@ def prepare(texts: list[str], tokenizer: str, target: str, workers: int) -> Enco
     """Prepare JSON lines as `gptscale prepare` does."""
     sources = tuple(SourceConfig(path=text, format="jsonl") for text in texts)
     began_s, began_cpu_s = time.perf_counter(), cpu_seconds()
-    prepare_corpus(DataConfig(sources=sources, workers=workers), TokenizerConfig(path=tokenizer), Path(target))
+    data = DataConfig(sources=sources, workers=workers, heldout_fraction=0.05)
+    prepare_corpus(data, TokenizerConfig(path=tokenizer), Path(target))
     wall_s, cpu_s = time.perf_counter() - began_s, cpu_seconds() - began_cpu_s
     manifests = [read_manifest(Path(target), split) for split in SPLITS]
     parts = [part for manifest in manifests for part in manifest.parts]

@@ -10,6 +10,7 @@ import pickle
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -19,30 +20,33 @@ def main() -> None:
     package.__path__ = [str(Path(__file__).resolve().parents[2])]
     sys.modules["gptscale"] = package
 
+    from gptscale.runtime.malloc import keep_freed_memory
+
+    keep_freed_memory()  # for all, as training ranks do
+    request = pickle.loads(Path(request_file).read_bytes())
+    answer: object
+    if action in ("pass", "resume", "order"):
+        answer = measure(name, action, request)
+    else:
+        answer = getattr(importlib.import_module(f"gptscale.bench.readers.{name}"), action)(**request)
+    Path(answer_file).write_bytes(pickle.dumps(answer))
+
+
+def measure(name: str, action: str, request: dict[str, Any]) -> object:
     import torch
 
     from gptscale.bench.readers import common
-    from gptscale.runtime.malloc import keep_freed_memory
 
     torch.set_num_threads(1)
-    keep_freed_memory()  # for all, as training ranks do
-    module = f"gptscale.bench.readers.{name}"
-    request = pickle.loads(Path(request_file).read_bytes())
 
-    def reader_of() -> type[common.Reader]:
-        found: type[common.Reader] = importlib.import_module(module).Reader
-        return found
+    def module() -> Any:
+        return importlib.import_module(f"gptscale.bench.readers.{name}")
 
-    answer: object
     if action == "pass":
-        answer = common.run_pass(reader_of, **request)
-    elif action == "resume":
-        answer = common.run_resume(reader_of, **request)
-    elif action == "order":
-        answer = common.run_order(importlib.import_module(module), **request)
-    else:
-        answer = getattr(importlib.import_module(module), action)(**request)
-    Path(answer_file).write_bytes(pickle.dumps(answer))
+        return common.run_pass(lambda: module().Reader, **request)
+    if action == "resume":
+        return common.run_resume(lambda: module().Reader, **request)
+    return common.run_order(module(), **request)
 
 
 if __name__ == "__main__":

@@ -160,8 +160,7 @@ def test_rows_are_those_that_a_rank_is_fed(
         view = view_step(root, step, ranks, rank, limit=0)
         assert view.start == data.start
         rows = np.stack([_read(one.corpus, one.shard, one.start) for one in view.shown])
-        np.testing.assert_array_equal(rows[:, :-1], np.concatenate([b.inputs_BT.numpy() for b in data.microbatches]))
-        np.testing.assert_array_equal(rows[:, 1:], np.concatenate([b.targets_BT.numpy() for b in data.microbatches]))
+        np.testing.assert_array_equal(rows, np.concatenate([b.tokens_BT1.numpy() for b in data.microbatches]))
         offsets = [one.position - view.start for one in view.shown]
         assert offsets == list(view.rank_rows) == list(range(rank * len(rows), (rank + 1) * len(rows)))
         for one, row in zip(view.shown, rows, strict=True):
@@ -289,7 +288,7 @@ def test_prepared_text_with_the_settings_of_a_run(
     (data,) = list(steps_of(root, 3, 1, 36, 1))
     told = re.findall(r"(shard-\d+) from token ([\d,]+)$", out, re.M)
     rows = np.stack([_read(str(folders[1]), shard, int(start.replace(",", ""))) for shard, start in told])
-    np.testing.assert_array_equal(rows[:, :-1], np.concatenate([b.inputs_BT.numpy() for b in data.microbatches]))
+    np.testing.assert_array_equal(rows, np.concatenate([b.tokens_BT1.numpy() for b in data.microbatches]))
     assert "rank 1 of 3 takes positions 38 to 39" in out
     assert "as metrics.jsonl of such a run would grow by" in out
 

@@ -18,6 +18,7 @@ from gptscale.data.shards import MANIFEST
 from gptscale.flow import IGNORED_TARGET
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
+from tests.helpers.batches import wide
 from tests.unit.data.test_stream import starts_by_definition
 
 
@@ -43,7 +44,7 @@ def test_ranks_together_see_every_target_once(prepared: Path, ranks: int, length
     by_rank = [HeldoutBatches(prepared, length, 3, limit, rank, ranks) for rank in range(ranks)]
     assert len({len(batches) for batches in by_rank}) == 1
     for batches in by_rank:
-        seen = list(batches)
+        seen = list(map(wide, batches))
         assert len(seen) == len(batches)
         for batch in seen:
             assert batch.inputs_BT.shape == batch.targets_BT.shape == (3, length)
@@ -71,14 +72,14 @@ def test_bits_per_byte_are_of_the_bytes_that_the_targets_stand_for(prepared: Pat
 
 def test_the_batches_can_be_read_again(prepared: Path) -> None:
     batches = HeldoutBatches(prepared, 32, 4, 10, 0, 2)
-    for first, second in zip(batches, batches, strict=True):
+    for first, second in zip(map(wide, batches), map(wide, batches), strict=True):
         assert torch.equal(first.inputs_BT, second.inputs_BT)
 
 
 def test_batches_say_where_documents_begin(prepared: Path) -> None:
     end_of_text = Tokenizer.load(prepared / "tokenizer.model").end_of_text
-    masked = list(HeldoutBatches(prepared, 200, 4, 10, 0, 1, document_mask=True))
-    for batch, without in zip(masked, HeldoutBatches(prepared, 200, 4, 10, 0, 1), strict=True):
+    masked = list(map(wide, HeldoutBatches(prepared, 200, 4, 10, 0, 1, document_mask=True)))
+    for batch, without in zip(masked, map(wide, HeldoutBatches(prepared, 200, 4, 10, 0, 1)), strict=True):
         assert torch.equal(batch.inputs_BT, without.inputs_BT)
         assert without.starts_BT is None
         assert batch.starts_BT is not None
@@ -112,7 +113,7 @@ def of_two_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_few_sequences_are_of_all_sources(of_two_sources: Path) -> None:
     """The first of them would be of the first source alone, whatever the order of sources is."""
     tokenizer = Tokenizer.load(of_two_sources / "tokenizer.model")
-    (batch,) = HeldoutBatches(of_two_sources, 64, 8, 8, 0, 1)
+    (batch,) = map(wide, HeldoutBatches(of_two_sources, 64, 8, 8, 0, 1))
     rows = [tokenizer.decode(row) for row in batch.inputs_BT.tolist()]
     assert {"abc" in row for row in rows} == {True, False}
     assert 4 <= sum("abc" in row for row in rows) <= 7
@@ -127,7 +128,7 @@ def test_the_batches_of_all_sources_are_those_of_the_whole(of_two_sources: Path,
     for source, begins in (("letters", "abc"), ("my-numbers", "123")):
         by_rank = [HeldoutBatches(of_two_sources, length, 3, limit, rank, 2, source=source) for rank in range(2)]
         assert len({len(batches) for batches in by_rank}) == 1
-        for batch in (batch for batches in by_rank for batch in batches):
+        for batch in (wide(batch) for batches in by_rank for batch in batches):
             for inputs, targets in zip(batch.inputs_BT, batch.targets_BT, strict=True):
                 real = targets != IGNORED_TARGET
                 if not real.any():

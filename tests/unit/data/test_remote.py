@@ -29,6 +29,7 @@ from gptscale.evaluate.bigram import bigram_loss
 from gptscale.runtime.errors import StoppedError, UserError
 from gptscale.topology import split_batch
 from gptscale.train.setup import warn_of_little_room
+from tests.helpers.batches import wide
 from tests.helpers.cache_worker import LENGTH, QUICK, bytes_in
 from tests.helpers.processes import wait_until
 from tests.helpers.s3 import S3, Kind, Proxy
@@ -227,7 +228,7 @@ def test_a_damaged_copy_here(address: str, prepared: Path, cache: ShardCache, pr
 def test_heldout_text(length: int, address: str, prepared: Path, cache: ShardCache) -> None:
     there, here = (HeldoutBatches(path, length, 4, 11, 0, 2, cache=cache) for path in (address, prepared))
     assert (there.loss_tokens, there.text_bytes, len(there)) == (here.loss_tokens, here.text_bytes, len(here))
-    for found, expected in zip(there, here, strict=True):
+    for found, expected in zip(map(wide, there), map(wide, here), strict=True):
         assert np.array_equal(found.inputs_BT, expected.inputs_BT)
         assert np.array_equal(found.targets_BT, expected.targets_BT)
     assert bigram_loss(address, length, 5, cache) == bigram_loss(prepared, length, 5)

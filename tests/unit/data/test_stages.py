@@ -21,6 +21,7 @@ from gptscale.data.stages import Mixture, StagedOrder, StageText, Track, with_co
 from gptscale.data.stream import StepFeed, TrainingStream, sample_hash
 from gptscale.runtime.errors import UserError
 from gptscale.topology import split_batch
+from tests.helpers.batches import wide
 from tests.helpers.text import documents, write_jsonl
 
 LENGTH = 32
@@ -239,11 +240,11 @@ def test_a_feed_crosses_stages_alike_on_any_number_of_ranks(prepared: Path, seco
             assert start == plan.samples_after(step)
             positions = np.arange(start, start + plan.batch(start))
             rows_NT = reference.rows(positions)
-            inputs = np.concatenate([batch.inputs_BT.numpy() for part in parts for batch in part.microbatches])
+            inputs = np.concatenate([wide(batch).inputs_BT.numpy() for part in parts for batch in part.microbatches])
             assert np.array_equal(inputs, rows_NT[:, :-1])
             assert inputs.size == 8 * LENGTH
             assert sum(part.sample_hash for part in parts) % 2**64 == sample_hash(positions, rows_NT)
-            most = max(batch.inputs_BT.numel() for part in parts for batch in part.microbatches)
+            most = max(wide(batch).inputs_BT.numel() for part in parts for batch in part.microbatches)
             assert most <= max(split.micro_batch * LENGTH, 2 * LENGTH)
     finally:
         for feed in feeds:

@@ -15,6 +15,7 @@ from gptscale.data.prepare import prepare
 from gptscale.evaluate import bigram
 from gptscale.evaluate.bigram import bigram_loss, fit_bigrams
 from gptscale.flow import IGNORED_TARGET
+from tests.helpers.batches import wide
 from tests.helpers.text import documents, write_jsonl
 
 
@@ -58,7 +59,7 @@ def test_the_loss_is_the_textbooks_on_exactly_the_models_targets(
     textbook = Textbook(corpus, 400)
     losses = [
         -math.log(textbook.probability(context, token))
-        for batch in HeldoutBatches(corpus, 50, 4, limit, 0, 1)
+        for batch in map(wide, HeldoutBatches(corpus, 50, 4, limit, 0, 1))
         for context, token in zip(batch.inputs_BT.flatten().tolist(), batch.targets_BT.flatten().tolist(), strict=True)
         if token != IGNORED_TARGET
     ]

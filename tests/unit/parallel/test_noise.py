@@ -27,14 +27,15 @@ class LinearRegression(torch.nn.Module):
         self.left = torch.nn.Parameter(torch.zeros(2))
         self.right = torch.nn.Parameter(torch.zeros(WIDTH - 2))
 
-    def forward(self, x_BD: Tensor, y_B: Tensor, documents: None = None) -> Tensor:
-        return (x_BD @ torch.cat((self.left, self.right)) - y_B).square().sum() / 2
+    def forward(self, x_BD: Tensor, shifted_BD: Tensor, documents: None = None) -> Tensor:
+        return (x_BD @ torch.cat((self.left, self.right)) - shifted_BD[:, -1]).square().sum() / 2
 
 
 def micro_batch(rows: int, truth_D: Tensor, generator: torch.Generator) -> Batch:
     x_BD = torch.randn(rows, WIDTH, generator=generator)
     y_B = x_BD @ truth_D + NOISE * torch.randn(rows, generator=generator)
-    return Batch(x_BD, y_B, rows)
+    # As inputs and targets are cut from tokens: all columns but the last, and all but the first.
+    return Batch(torch.cat([x_BD, y_B[:, None]], dim=1), rows)
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (1, 7, 2)])
