@@ -7,22 +7,24 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gptscale.bench.data import (
+from gptscale.bench.data import DataReport
+from gptscale.bench.data_readers import (
     ORDER_LENGTH,
     ORDER_SHARE,
     ORDER_TOKENS,
-    OURS,
     READERS,
-    TOKENISERS,
-    DataReport,
     LargeSamples,
     ReaderSamples,
+    ReadingSamples,
 )
+from gptscale.bench.data_tokenisers import TOKENISERS
+from gptscale.bench.data_turns import OURS
 from gptscale.bench.readers.common import Ordered, Pass
 from gptscale.bench.readers.limits import READS, WIDENS
 from gptscale.bench.readers.tokenisers import Encoded
 from gptscale.bench.tables import aligned
 from gptscale.config.build import plain
+from gptscale.config.schema import BenchDataConfig
 
 
 def to_text(report: DataReport) -> str:
@@ -38,8 +40,8 @@ def to_text(report: DataReport) -> str:
         "this command makes up to 2",
         f"{'method':<9}{bench.rounds} rounds; every turn is a fresh process, one at a time, one torch thread; medians",
     ]
-    if report.readers:
-        lines += ["", *_reader_lines(report)]
+    if report.reading is not None:
+        lines += ["", *_reader_lines(report.bench, report.reading)]
     if report.tokenisers:
         lines += ["", *_tokeniser_lines(report)]
     lines += [f"not run: {name}: {why}" for name, why in report.left_out.items()]
@@ -49,11 +51,11 @@ def to_text(report: DataReport) -> str:
     return "\n".join(lines)
 
 
-def _reader_lines(report: DataReport) -> list[str]:
-    bench, ours = report.bench, report.readers[OURS]
+def _reader_lines(bench: BenchDataConfig, found: ReadingSamples) -> list[str]:
+    ours = found.readers[OURS]
     header = ["", "Mtok/s", f"{OURS} ÷", "a CPU-s", f"{OURS} ÷", "first batch", "opened", "memory", "resume", "exact"]
     rows = []
-    for name, samples in report.readers.items():
+    for name, samples in found.readers.items():
         rows.append(
             [
                 name,
@@ -69,7 +71,7 @@ def _reader_lines(report: DataReport) -> list[str]:
             ]
         )
     shares = [
-        wall_rate(one) / min(report.limits[name][number] for name in (READS, WIDENS))
+        wall_rate(one) / min(found.limits[name][number] for name in (READS, WIDENS))
         for number, one in enumerate(ours.passes)
     ]
     lines = [
@@ -78,22 +80,18 @@ def _reader_lines(report: DataReport) -> list[str]:
         *aligned([header, *rows]),
         "",
         "limits, Mtok/s: "
-        + ", ".join(f"{name} {statistics.median(rates) / 1e6:,.0f}" for name, rates in report.limits.items())
+        + ", ".join(f"{name} {statistics.median(rates) / 1e6:,.0f}" for name, rates in found.limits.items())
         + f"; {OURS} reaches {statistics.median(shares):.0%} of the slower of {READS} and {WIDENS}",
         f"{OURS} ÷: median over the rounds of the ratio within a round. first batch: from torch alone imported;",
         "opened, resume: from the reader's libraries imported to the first batch, at the start and in the middle.",
         "memory: beyond torch's, after the pass.",
         "exact: after the resume come the same ids that the first process went on with.",
         "",
-        *(_large(report.large) if report.large is not None else []),
+        *_large(found.large),
         f"the order of {ORDER_TOKENS:.0e} tokens ({ORDER_TOKENS // ORDER_LENGTH:,} samples):",
-        *(
-            f"  {name}: {_order(samples.order)}"
-            for name, samples in report.readers.items()
-            if samples.order is not None
-        ),
+        *(f"  {name}: {_order(samples.order)}" for name, samples in found.readers.items() if samples.order is not None),
         "",
-        *(f"{name}: {samples.passes[0].flags}" for name, samples in report.readers.items()),
+        *(f"{name}: {samples.passes[0].flags}" for name, samples in found.readers.items()),
     ]
     return lines
 
@@ -173,16 +171,18 @@ def _order(order: Ordered) -> str:
 
 
 def to_json(report: DataReport) -> dict[str, Any]:
+    reading = report.reading
     return {
         "bench": plain(report.bench),
         "environment": dataclasses.asdict(report.environment),
         "versions": report.versions,
-        "readers": {
-            name: {"environment": READERS[name].environment, "exact": samples.exact, **dataclasses.asdict(samples)}
-            for name, samples in report.readers.items()
-        },
-        "large": None if report.large is None else dataclasses.asdict(report.large),
-        "limits": report.limits,
+        "readers": {} if reading is None else {name: _reader(name, one) for name, one in reading.readers.items()},
+        "large": None if reading is None else dataclasses.asdict(reading.large),
+        "limits": {} if reading is None else reading.limits,
         "tokenisers": {name: [dataclasses.asdict(one) for one in ones] for name, ones in report.tokenisers.items()},
         "not_run": report.left_out,
     }
+
+
+def _reader(name: str, samples: ReaderSamples) -> dict[str, Any]:
+    return {"environment": READERS[name].environment, "exact": samples.exact, **dataclasses.asdict(samples)}

@@ -147,7 +147,8 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
         total = torch.zeros((), device=device)
         for batch in microbatches:
             with torch.autocast(device.type, compute, enabled=compute != torch.float32):
-                loss: torch.Tensor = mean_loss(*on_device(batch, device)[:2]) / len(microbatches)
+                inputs_BT, targets_BT = (ids.contiguous() for ids in on_device(batch, device)[:2])  # some take views
+                loss: torch.Tensor = mean_loss(inputs_BT, targets_BT) / len(microbatches)
             torch.autograd.backward(loss)
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, clip_norm)

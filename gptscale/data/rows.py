@@ -59,7 +59,9 @@ class RowReader:
             dtype=np.int64,
         )
         self._files: dict[int, int] = {}
-        self._most_open = min(_MOST_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        may_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        unlimited = may_open == resource.RLIM_INFINITY
+        self._most_open = _MOST_OPEN_FILES if unlimited else max(1, min(_MOST_OPEN_FILES, may_open // 4))
 
     def rows(self, numbers: Ints) -> Rows:
         """The rows of these numbers [N], all of them whole ones."""

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from gptscale.bench import environments
-from gptscale.bench.data import OURS, READERS, DataReport, LargeSamples, ReaderSamples, Turns
+from gptscale.bench.data import DataReport
+from gptscale.bench.data_readers import READERS, LargeSamples, ReaderSamples, ReadingSamples
 from gptscale.bench.data_report import to_json, to_text
+from gptscale.bench.data_turns import OURS, Turns
 from gptscale.bench.environment import Environment
 from gptscale.bench.environments import NotAvailableError, peer_python, pinned, pins_file
 from gptscale.bench.readers.common import Ordered, Pass, Resumed
@@ -31,7 +33,7 @@ def environment_of_ours(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
     def found(asked: str, *rest: object) -> Path:
         return python if asked == name else known(asked, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("gptscale.bench.data.peer_python", found)
+    monkeypatch.setattr("gptscale.bench.data_turns.peer_python", found)
 
 
 def test_readers_are_measured_and_what_does_not_resume_exactly_is_found_out(
@@ -154,9 +156,11 @@ def test_the_report_of_made_up_figures() -> None:
         environment=Environment(
             "today", "gptscale bench data", "1", "3", "2", "0", None, "a CPU", 2, "cpu", 1, 1, "glibc", 0.0, 1.0
         ),
-        readers={OURS: ours, "litdata": peer},
-        large=LargeSamples(932, [a_pass(1e6)] * 3, [Resumed(0.2, 0.04, "a")] * 3),
-        limits={READS: [1000e6] * 3, WIDENS: [800e6, 400e6, 800e6], COPIES: [100e6] * 3},
+        reading=ReadingSamples(
+            {OURS: ours, "litdata": peer},
+            LargeSamples(932, [a_pass(1e6)] * 3, [Resumed(0.2, 0.04, "a")] * 3),
+            {READS: [1000e6] * 3, WIDENS: [800e6, 400e6, 800e6], COPIES: [100e6] * 3},
+        ),
         tokenisers={OURS: encoded, "tiktoken": [Encoded(4_000_000, 900_000, 0.5, 0.5)] * 3},
         versions={"litdata": "0"},
         left_out={"mosaicml-streaming": "pip could not install it"},
