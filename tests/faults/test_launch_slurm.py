@@ -123,7 +123,11 @@ def test_the_job_script_saves_requeues_and_goes_on(cluster: Cluster, tmp_path: P
     def done() -> bool:
         now = state(cluster, job)
         if now == "PENDING":
-            cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            try:
+                cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            except AssertionError as error:
+                if "no longer pending" not in str(error):  # it began between the two lines
+                    raise
             time.sleep(0.3)
         return now == "COMPLETED"
 
