@@ -48,6 +48,7 @@ def bench_data(bench: BenchDataConfig, command: str, say: Say) -> DataReport:
     """Raises UserError where settings ask for what there is not, NotAvailableError where ours fails."""
     readers = _chosen(bench.readers, READERS, "bench.readers")
     tokenisers = _chosen(bench.tokenisers, TOKENISERS, "bench.tokenisers")
+    _check(bench)
     load_at_start = load_average()
     environments = default_folder() if bench.environments is None else Path(bench.environments)
     with tempfile.TemporaryDirectory(prefix="gptscale-bench-", dir=bench.folder) as name:
@@ -67,6 +68,19 @@ def bench_data(bench: BenchDataConfig, command: str, say: Say) -> DataReport:
         versions=_versions([] if read is None else [*read.readers], [*tokenised]),
         left_out=turns.left_out,
     )
+
+
+def _check(bench: BenchDataConfig) -> None:
+    for key in ("rounds", "tokens", "sequence_length", "batch", "text_bytes"):
+        if getattr(bench, key) < 1:
+            raise UserError(f"bench.{key}={getattr(bench, key)} is below 1\nset bench.{key} to 1 or more")
+    if bench.vocab_size > 1 << 16:
+        raise UserError(
+            f"bench.vocab_size={bench.vocab_size} does not fit ids of two bytes, which all readers are measured with\n"
+            f"set it to {1 << 16} or less"
+        )
+    if bench.folder is not None and not Path(bench.folder).is_dir():
+        raise UserError(f"bench.folder={bench.folder}: there is no such folder\nname one that exists")
 
 
 def _chosen(names: Sequence[str], known: dict[str, Any], key: str) -> list[str]:

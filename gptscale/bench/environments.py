@@ -50,14 +50,19 @@ def peer_python(name: str, folder: Path, say: Callable[[str], None]) -> Path:
     key = hashlib.sha256(pins.read_bytes() + sys.version.encode()).hexdigest()[:12]
     home = folder / f"{name}-{key}"
     python = home / "bin" / "python"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{name}-{key}.lock"):
-        if not (home / _COMPLETE).exists():
-            say(f"installing {name} into {home}")
-            shutil.rmtree(home, ignore_errors=True)
-            venv.create(home, with_pip=True)
-            _install(python, pins)
-            (home / _COMPLETE).touch()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{name}-{key}.lock"):
+            if not (home / _COMPLETE).exists():
+                say(f"installing {name} into {home}")
+                shutil.rmtree(home, ignore_errors=True)
+                venv.create(home, with_pip=True)
+                _install(python, pins)
+                (home / _COMPLETE).touch()
+    except OSError as error:
+        raise NotAvailableError(f"{home} cannot be made: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:  # a Python without ensurepip, as some distributions have it
+        raise NotAvailableError(f"{home} cannot be made: {sys.executable} has no ensurepip") from error
     return python
 
 

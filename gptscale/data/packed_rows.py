@@ -35,6 +35,10 @@ class PackedRowReader:
         """Rows there are."""
         self._plans: OrderedDict[int, tuple[_Integers, _Integers]] = OrderedDict()
 
+    def share_files(self, readers: int) -> None:
+        """As `RowReader.share_files`, of the shards."""
+        self._tokens.share_files(readers)
+
     def rows(self, numbers: Ints) -> Rows:
         """The rows of these numbers [N]. Raises UserError where a file has become shorter since it was opened."""
         manifest = self.corpus.manifest

@@ -21,7 +21,7 @@ from gptscale.data.remote import AnyCorpus
 from gptscale.runtime.errors import UserError
 
 _MOST_OPEN_FILES = 4096
-"""By one reader, and at most a quarter of what its process may open."""
+"""By readers that share what may be open, and at most a quarter of what their process may open."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,6 @@ class Rows:
     starts: Ints | None = None
     """For each token the position in its row at which its piece of a document begins [N, T+1]. None: at a row's
     beginning, and after each end_of_text."""
-
-    def part(self, first: int, stop: int) -> Rows:
-        used = None if self.used is None else self.used[first:stop]
-        return Rows(self.tokens[first:stop], used, None if self.starts is None else self.starts[first:stop])
 
 
 class RowReader:
@@ -59,9 +55,13 @@ class RowReader:
             dtype=np.int64,
         )
         self._files: dict[int, int] = {}
+        self.share_files(1)
+
+    def share_files(self, readers: int) -> None:
+        """Keep few enough files open that so many readers can together."""
         may_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        unlimited = may_open == resource.RLIM_INFINITY
-        self._most_open = _MOST_OPEN_FILES if unlimited else max(1, min(_MOST_OPEN_FILES, may_open // 4))
+        limit = _MOST_OPEN_FILES if may_open == resource.RLIM_INFINITY else min(_MOST_OPEN_FILES, may_open // 4)
+        self._most_open = max(1, limit // readers)
 
     def rows(self, numbers: Ints) -> Rows:
         """The rows of these numbers [N], all of them whole ones."""

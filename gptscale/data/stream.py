@@ -87,6 +87,8 @@ class TrainingStream:
         mixtures, first = opened.mixtures, opened.mixtures[0]
         order = StagedOrder(mixtures, shuffle)
         self._readers = {number: opened.readers[track] for track, number in order.numbers.items()}
+        for reader in self._readers.values():
+            reader.share_files(len(self._readers))
         self._packed = packed
         self._lengths = {number: track.sequence_length for track, number in order.numbers.items()}
         self._window = lru_cache(maxsize=4)(lambda number: order.locate(np.arange(_WINDOW) + number * _WINDOW))

@@ -47,7 +47,7 @@ class Reader:
     flags = "GPTDataset(create_attention_mask=False, reset flags off, path_to_cache), DataLoader(num_workers=0)"
 
     def __init__(self, work: Work, state: Any) -> None:
-        dataset = _dataset(Path(work.folder), work, None)
+        dataset = _dataset(Path(work.folder), work)
         taken = state or 0
         self._taken = taken
         # As Megatron's pretraining sampler: rows in the index's order, from those on that were consumed.
@@ -65,7 +65,7 @@ class Reader:
         return self._taken
 
 
-def _dataset(folder: Path, work: Work, samples: int | None) -> Any:
+def _dataset(folder: Path, work: Work) -> Any:
     config = GPTDatasetConfig(
         random_seed=work.seed,
         sequence_length=work.sequence_length,
@@ -80,7 +80,7 @@ def _dataset(folder: Path, work: Work, samples: int | None) -> Any:
     )
     indexed = IndexedDataset(str(folder / "text"))
     documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)
-    return GPTDataset(indexed, str(folder / "text"), documents, samples, Split.train, config)
+    return GPTDataset(indexed, str(folder / "text"), documents, None, Split.train, config)
 
 
 def order(samples: int) -> Any:

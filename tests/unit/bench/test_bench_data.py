@@ -97,12 +97,15 @@ def test_tokenizers_are_measured(
         (["bench.readers=[litdta]"], "bench.readers: there is no 'litdta'"),
         (["bench.tokenisers=[x]"], "bench.tokenisers: there is no 'x'"),
         (["bench.tokens=1000", "bench.vocab_size=500", "bench.text_bytes=300_000"], "too few to measure"),
+        (["bench.rounds=0"], "bench.rounds=0 is below 1"),
+        (["bench.vocab_size=70000"], "does not fit ids of two bytes"),
+        (["bench.folder=/nosuch"], "there is no such folder"),
         (["bench.output=/nosuch/file"], "bench.output=/nosuch/file cannot be written"),
     ],
 )
 def test_mistakes(arguments: list[str], says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        cli.run(["data", *arguments, f"bench.folder={tmp_path}"])
+        cli.run(["data", f"bench.folder={tmp_path}", *arguments])
     assert says in str(error.value)
     assert len(str(error.value).splitlines()) == 2
     assert not list(tmp_path.iterdir())
@@ -124,6 +127,12 @@ def test_an_environment_that_cannot_be_made_is_named_and_tried_again(
     assert python.exists()
     assert peer_python("peer", tmp_path / "environments", said.append) == python
     assert len(said) == 2, "the second time it is there"
+
+
+def test_an_environment_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotAvailableError, match="cannot be made: Not a directory"):
+        peer_python("litdata", tmp_path / "file/environments", lambda _: None)
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path) -> None:

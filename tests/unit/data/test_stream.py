@@ -273,6 +273,19 @@ def test_open_files_are_bounded(prepared: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_readers_of_a_mixture_share_the_files_that_may_be_open(
+    prepared: Path, second: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptscale.data import rows
+
+    monkeypatch.setattr(rows, "_MOST_OPEN_FILES", 4)
+    before = len(os.listdir("/proc/self/fd"))
+    stream = TrainingStream((CorpusConfig(str(prepared)), CorpusConfig(str(second))), LENGTH, 0)
+    stream.read(np.arange(300))
+    assert len(os.listdir("/proc/self/fd")) == before + 3, "two of many shards, and the only one of the second corpus"
+    stream.close()
+
+
 def test_a_growing_batch_of_growing_sequences_uses_the_same_samples(prepared: Path) -> None:
     """The rows and their hash are those of the order, on any number of ranks; shorter sequences are their cuts."""
     stream = one(prepared)
