@@ -21,6 +21,12 @@ _skipped: list[str] = []
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Failures are told as they come, too: a run that is cut off before its summary has named them."""
+    if report.failed and os.environ.get("CI") == "true" and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(
+            f"\n{report.nodeid} failed in {report.when} after {report.duration:.0f} s:\n{report.longreprtext}",
+            flush=True,
+        )
     if report.skipped and isinstance(report.longrepr, tuple):
         _skipped.append(f"{report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
 

@@ -57,12 +57,14 @@ class Tree:
         return self.process.returncode, out, err
 
     def kill(self) -> None:
+        deadline_s = time.monotonic() + 60
         while alive := self.alive():
+            assert time.monotonic() < deadline_s, f"processes {alive} of {self.process.args} do not die"
             for pid in alive:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
-        self.process.communicate()
+        self.process.communicate(timeout=60)
 
 
 @contextmanager
