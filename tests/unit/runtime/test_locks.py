@@ -106,10 +106,28 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path
         os.kill(child, signal.SIGKILL)
 
 
+FORK_AND_GO_ON = """
+import os, sys
+from pathlib import Path
+from gptscale.runtime.locks import FileLock
+with FileLock(Path(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("forked", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_a_forked_child_that_ends_does_not_release_its_parents_lock(tmp_path: Path) -> None:
-    with FileLock(tmp_path / "lock"):
-        child = os.fork()
-        if child == 0:
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert not FileLock(tmp_path / "lock").acquire(blocking=False)
+    path = tmp_path / "lock"
+    # In a process of its own: one that has run other tests has threads, and a fork may take their locks along, held.
+    owner = subprocess.Popen(
+        [sys.executable, "-c", FORK_AND_GO_ON, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "forked\n"
+    assert not FileLock(path).acquire(blocking=False)
+    owner.communicate("", timeout=60)
+    assert FileLock(path).acquire(blocking=False)
