@@ -36,8 +36,8 @@ class Topology:
         model_ranks = self.pipeline * self.sequence * self.tensor
         if self.world_size % model_ranks:
             raise ValueError(
-                f"{self.world_size} ranks cannot hold pipeline·sequence·tensor = {model_ranks} ranks a model copy: "
-                f"use a multiple of {model_ranks} ranks"
+                f"a copy of the model takes parallel.pipeline × sequence × tensor = {model_ranks} ranks, "
+                f"of which {self.world_size} is no multiple\nuse launch.ranks={model_ranks} or a multiple of it"
             )
         if self.data % self.expert:
             raise ValueError(f"parallel.expert={self.expert} does not divide the {self.data} data-parallel ranks")

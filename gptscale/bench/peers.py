@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptscale.config.schema import ModelConfig
+from gptscale.config.shape import feedforward_width, head_width, kv_heads
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
-from gptscale.model.shape import feedforward_width, head_width, kv_heads
 
 PROOF_STD, PROOF_TOKENS = 0.2, 64
 PROOF_TOLERANCE = 1e-4

@@ -10,7 +10,16 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-from gptscale.config.schema import MIN_LOSS_SCALE, DataConfig, ModelConfig, ProfileConfig, SourceConfig, TrainRoot
+from gptscale.config.schema import (
+    MIN_LOSS_SCALE,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ProfileConfig,
+    SourceConfig,
+    TrainRoot,
+)
+from gptscale.config.shape import feedforward_width, kv_heads
 from gptscale.config.stages import as_corpora, check_stages, stage_folders
 from gptscale.config.step_plan import step_plan
 from gptscale.runtime.errors import UserError
@@ -27,13 +36,7 @@ def check(settings: TrainRoot, world_size: int) -> BatchSplit:
     _check_profile(settings.profile, world_size)
     _check_engine(settings, world_size)
     try:
-        topology = Topology(
-            world_size,
-            pipeline=settings.parallel.pipeline,
-            sequence=settings.parallel.sequence,
-            tensor=settings.parallel.tensor,
-            expert=settings.parallel.expert,
-        )
+        topology = topology_of(settings.parallel, world_size)
         split = split_batch(settings.train.global_batch, settings.train.micro_batch, topology.data)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -41,6 +44,11 @@ def check(settings: TrainRoot, world_size: int) -> BatchSplit:
     check_stages(settings, split)
     _check_noise_scale(settings, split)
     return split
+
+
+def topology_of(parallel: ParallelConfig, world_size: int) -> Topology:
+    """The grid of ranks. Raises ValueError where they cannot be arranged so."""
+    return Topology(world_size, parallel.pipeline, parallel.sequence, parallel.tensor, parallel.expert)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -58,16 +66,15 @@ def check_model(model: ModelConfig) -> None:
             f"use model.width={below or above} or {above}, or model.heads={_nearest_divisor(model.width, model.heads)}"
         )
     width = model.width // model.heads if model.head_width is None else model.head_width
-    kv_heads = model.heads if model.kv_heads is None else model.kv_heads
-    _at_least("model.kv_heads", kv_heads, 1)
+    _at_least("model.kv_heads", kv_heads(model), 1)
     if model.feedforward_width is not None:
         _at_least("model.feedforward_width", model.feedforward_width, 1)
     for name in ("rope_theta", "norm_epsilon", "init_std", "embedding_scale"):
         _above_zero(f"model.{name}", getattr(model, name), str(getattr(ModelConfig, name)))
-    if model.heads % kv_heads:
+    if model.heads % kv_heads(model):
         raise UserError(
-            f"model.kv_heads={kv_heads} does not divide model.heads={model.heads}\n"
-            f"use model.kv_heads={_nearest_divisor(model.heads, kv_heads)}"
+            f"model.kv_heads={kv_heads(model)} does not divide model.heads={model.heads}\n"
+            f"use model.kv_heads={_nearest_divisor(model.heads, kv_heads(model))}"
         )
     if model.positions == "rope" and width % 2:
         raise UserError(
@@ -305,17 +312,84 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
     parallel = settings.parallel
     if parallel.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"parallel.zero_stage={parallel.zero_stage} is not known\nchoose 0, 1, 2 or 3")
-    for axis in ("pipeline", "tensor", "sequence", "expert"):
+    for axis in ("pipeline", "expert"):
         if getattr(parallel, axis) != 1:
             raise UserError(
-                f"parallel.{axis}={getattr(parallel, axis)}: this version trains with data parallelism and ZeRO\n"
+                f"parallel.{axis}={getattr(parallel, axis)}: this version has data, tensor and sequence parallelism\n"
                 f"use parallel.{axis}=1 and choose parallel.zero_stage=0, 1, 2 or 3"
             )
+    _at_least("parallel.tensor", parallel.tensor, 1)
+    _at_least("parallel.sequence", parallel.sequence, 1)
+    if parallel.tensor > 1:
+        _check_tensor(settings)
+    if parallel.sequence > 1:
+        _check_sequence(settings)
     if parallel.engine == "plain" and world_size > 1:
         raise UserError(
             f"parallel.engine=plain is one process, but the run has {world_size} ranks\n"
             "use launch.ranks=1 or parallel.engine=deepspeed"
         )
+
+
+def _check_tensor(settings: TrainRoot) -> None:
+    """Every tensor rank has as many heads, features and rows of the vocabulary as the others."""
+    model, size = settings.model, settings.parallel.tensor
+    for key, count in (
+        ("model.heads", model.heads),
+        ("model.kv_heads", kv_heads(model)),
+        ("model.feedforward_width", feedforward_width(model)),
+        ("model.vocab_multiple", model.vocab_multiple),
+    ):
+        if count % size:
+            raise UserError(
+                f"parallel.tensor={size} does not divide {key}={count}\n"
+                f"use parallel.tensor={_nearest_divisor(count, size)}, or a {key} that is a multiple of {size}"
+            )
+    _check_cut(settings, "tensor")
+    if settings.optimizer.name == "muon":
+        raise UserError(
+            f"optimizer.name=muon works on whole matrices, of which parallel.tensor={size} leaves a rank slices\n"
+            "use parallel.tensor=1, or optimizer=adamw"
+        )
+
+
+def _check_sequence(settings: TrainRoot) -> None:
+    """Every sequence rank has as many tokens of a row, and heads within attention, as the others."""
+    model, parallel = settings.model, settings.parallel
+    for key, count in (("model.heads", model.heads), ("model.kv_heads", kv_heads(model))):
+        if count % (parallel.sequence * parallel.tensor):
+            by = "parallel.sequence" if parallel.tensor == 1 else "parallel.sequence × parallel.tensor"
+            raise UserError(
+                f"{by}={parallel.sequence * parallel.tensor} does not divide {key}={count}\n"
+                f"use a {key} that it divides, or fewer ranks a row: parallel.sequence=1"
+            )
+    lengths = {"data.sequence_length": settings.data.sequence_length, "train.length_from": settings.train.length_from}
+    lengths |= {f"sequence_length of stage {stage.name}": stage.sequence_length for stage in settings.data.stages}
+    for key, length in lengths.items():
+        if length is not None and length % parallel.sequence:
+            raise UserError(
+                f"parallel.sequence={parallel.sequence} does not divide {key}={length}\n"
+                f"use a multiple of {parallel.sequence} tokens"
+            )
+    _check_cut(settings, "sequence")
+    if settings.train.noise_scale_every_steps:
+        raise UserError(
+            f"train.noise_scale_every_steps compares micro-batches, of which parallel.sequence={parallel.sequence} "
+            "leaves a rank parts\nset it to 0, or parallel.sequence=1"
+        )
+
+
+def _check_cut(settings: TrainRoot, axis: str) -> None:
+    """What cannot be taken apart along an axis, either of them."""
+    for key, value, needed in (
+        ("model.block", settings.model.block, "gpt"),
+        ("train.compile", settings.train.compile, "none"),
+    ):
+        if value != needed:
+            size = getattr(settings.parallel, axis)
+            raise UserError(
+                f"{key}={value} cannot be cut for parallel.{axis}={size}\nuse {key}={needed}, or parallel.{axis}=1"
+            )
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptscale.config.schema import ModelConfig
-from gptscale.model.shape import head_width, kv_heads
+from gptscale.config.shape import head_width, kv_heads
 
 
 class KVCache:

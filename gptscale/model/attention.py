@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gptscale.config.schema import ModelConfig
+from gptscale.config.shape import head_width, kv_heads, qkv_bias, window_of_layer
 from gptscale.model.documents import Documents
 from gptscale.model.kernels import KERNELS, Case, KernelName, rule, torch_attention
 from gptscale.model.linear import Linear
 from gptscale.model.norm import RMSNorm
 from gptscale.model.positions import RotaryTable, Turns, rotate
-from gptscale.model.shape import head_width, kv_heads, qkv_bias, window_of_layer
 
 AttentionKernel = KernelName | Literal["auto"]
 LayerKind = Literal["full", "window"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gptscale.config.schema import ModelConfig
-from gptscale.model.shape import feedforward_width, head_width, kv_heads, padded_vocab, qkv_bias, window_of_layer
+from gptscale.config.shape import feedforward_width, head_width, kv_heads, padded_vocab, qkv_bias, window_of_layer
 
 
 def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:

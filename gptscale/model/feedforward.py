@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptscale.config.schema import ModelConfig
+from gptscale.config.shape import feedforward_width
 from gptscale.model.linear import Linear
-from gptscale.model.shape import feedforward_width
 
 
 class FeedForward(nn.Module):

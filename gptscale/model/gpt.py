@@ -16,15 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from gptscale.config.rules import check_model
 from gptscale.config.schema import ModelConfig
+from gptscale.config.shape import padded_vocab
 from gptscale.model.attention import Attention, AttentionKernel, LayerCache, LayerKind
 from gptscale.model.documents import Documents
 from gptscale.model.feedforward import FeedForward
 from gptscale.model.kernels import KERNELS
 from gptscale.model.linear import linear
-from gptscale.model.loss import chunked_cross_entropy, soft_cap
+from gptscale.model.loss import VocabularyPart, chunked_cross_entropy, soft_cap
 from gptscale.model.norm import build_norm
 from gptscale.model.positions import RotaryTable, Turns
-from gptscale.model.shape import padded_vocab
 from gptscale.runtime.registry import Registry
 
 
@@ -54,9 +54,11 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(padded_vocab(vocab_size, config.vocab_multiple), config.width))
         learned = config.positions == "learned"
         self.positions = nn.Parameter(torch.empty(sequence_length, config.width)) if learned else None
+        self.lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding
+        """Ids, weight → rows: another where the weight is a part of the vocabulary."""
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
-        x_BTD = F.embedding(ids_BT, self.weight)
+        x_BTD = self.lookup(ids_BT, self.weight)
         if self.scale != 1.0:
             x_BTD = x_BTD * self.scale
         if self.positions is not None:
@@ -115,6 +117,8 @@ class Head(nn.Module):
         self.softcap = config.logit_softcap
         self.z_loss = config.z_loss
         self.norm = build_norm(config)
+        self.part: VocabularyPart | None = None
+        """Which rows of the vocabulary `weight` holds; None: all."""
         rows = padded_vocab(vocab_size, config.vocab_multiple)
         self.weight = nn.Parameter(torch.empty(rows, config.width)) if tied is None else tied
 
@@ -125,7 +129,10 @@ class Head(nn.Module):
         """
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
-            logits_BTV = linear(x_BTD, self.weight)[..., : self.vocab_size].float()
+            logits_BTV = linear(x_BTD, self.weight)
+            if self.part is not None:
+                logits_BTV = self.part.joined(logits_BTV)
+            logits_BTV = logits_BTV[..., : self.vocab_size].float()
             return soft_cap(logits_BTV, self.softcap) if self.softcap else logits_BTV
         return chunked_cross_entropy(
             x_BTD.flatten(0, 1),
@@ -136,6 +143,7 @@ class Head(nn.Module):
             softcap=self.softcap,
             z_loss=self.z_loss,
             gain=loss_gain,
+            part=self.part,
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gptscale.config.schema import ModelConfig
-from gptscale.model.shape import head_width
+from gptscale.config.shape import head_width
 
 LLAMA3_SLOW_TURNS, LLAMA3_FAST_TURNS = 1.0, 4.0
 """Turns within the original length below which a pair is slow, above which it is fast (Llama 3.1's settings)."""

@@ -15,7 +15,7 @@ LARGEST_BUCKET = 200_000_000
 """Elements a communication bucket holds at most; more does not make a ring faster, and the buffer is memory."""
 
 
-def zero_config(stage: int, split: BatchSplit, clip_norm: float, parameters: int) -> dict[str, Any]:
+def zero_config(stage: int, split: BatchSplit, replicas: int, clip_norm: float, parameters: int) -> dict[str, Any]:
     """Config of a ZeRO stage over an fp32 model with a client optimizer.
 
     `train_batch_size` is left out: DeepSpeed derives it. Stage 0 is clipped by our engine, which must also skip a step
@@ -40,7 +40,7 @@ def zero_config(stage: int, split: BatchSplit, clip_norm: float, parameters: int
             # `gptscale.model.linear` keeps none, and adds the bias without rounding in between.
             "memory_efficient_linear": False,
         }
-        if split.data == 1:  # nothing to gather: keep every parameter where it is
+        if replicas == 1:  # nothing to gather: keep every parameter where it is
             zero |= {"stage3_param_persistence_threshold": NEVER, "stage3_prefetch_bucket_size": 0}
     return {
         "train_micro_batch_size_per_gpu": split.micro_batch,

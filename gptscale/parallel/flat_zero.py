@@ -36,6 +36,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 from torch import Tensor
 
 from gptscale.parallel.gradients import divisor, hand_to_kernel, release_kernel, steps_in_kernel, take_gradients
+from gptscale.parallel.ranks import Group
 
 
 class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
@@ -43,6 +44,10 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
 
     shares = 1
     """Ranks over which gradients are averaged that ought to be summed: set by the engine, for fp16."""
+    peers: Group | None = None
+    """Ranks that hold other slices of the model: set by the engine, where there are any."""
+    not_first: frozenset[int] = frozenset()
+    """Parameters, by `id`, that one of the peers counts for all of them: set by the engine."""
 
     @property
     def loss_scale(self) -> float:
@@ -101,9 +106,8 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
 
     def get_grad_norm_direct(self, gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
         """L2 norm over all ranks."""
-        total = _sum_of_squares(gradients, self.device)
-        if dist.get_world_size(group=self.dp_process_group) > 1:
-            dist.all_reduce(total, group=self.dp_process_group)
+        total = _sum_of_squares(_counted(gradients, params, self.not_first), self.device)
+        _add_up(total, self.dp_process_group, self.peers)
         return _masked_norm(total)
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
@@ -202,6 +206,10 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
 
     shares = 1
     """Ranks over which gradients are averaged that ought to be summed: set by the engine, for fp16."""
+    peers: Group | None = None
+    """Ranks that hold other slices of the model: set by the engine, where there are any."""
+    not_first: frozenset[int] = frozenset()
+    """Parameters, by `id`, that one of the peers counts for all of them: set by the engine."""
 
     @property
     def loss_scale(self) -> float:
@@ -209,7 +217,7 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         return float(self.loss_scaler.cur_scale) / self.shares
 
     def __init__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        self._alone = dist.get_world_size() == 1
+        self._alone = dist.get_world_size(group=kwargs["dp_process_group"]) == 1
         super().__init__(module, *args, **kwargs)
         assert self.reduce_and_partition_stream in (None, get_accelerator().default_stream())
         assert not self.offload_optimizer
@@ -252,10 +260,8 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         self._epilogue_ran_this_backward = True
 
     def get_grad_norm_direct(self, gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
-        group = self._get_param_partition_group(params[0])
-        total = _sum_of_squares(gradients, self.device)
-        if dist.get_world_size(group=group) > 1:
-            dist.all_reduce(total, group=group)
+        total = _sum_of_squares(_counted(gradients, params, self.not_first), self.device)
+        _add_up(total, self._get_param_partition_group(params[0]), self.peers)
         return _masked_norm(total)
 
     def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
@@ -332,6 +338,22 @@ def _clip(optimizer: Any, gradients: list[Tensor], norm: Tensor, limit: float, s
         by = divisor(norm / scale, limit, scale)
         if by is not None:
             torch._foreach_div_(gradients, by)
+
+
+def _counted(gradients: list[Tensor], parameters: list[Tensor], not_first: frozenset[int]) -> list[Tensor]:
+    """Those of parameters that no peer counts in this rank's place."""
+    if not not_first:
+        return gradients
+    pairs = zip(gradients, parameters, strict=True)
+    return [gradient for gradient, parameter in pairs if id(parameter) not in not_first]
+
+
+def _add_up(squares: Tensor, replicas: Any, peers: Group | None) -> None:
+    """Sum, in place, over the ranks that share out a parameter, and over those that hold others."""
+    if dist.get_world_size(group=replicas) > 1:
+        dist.all_reduce(squares, group=replicas)
+    if peers is not None:
+        dist.all_reduce(squares, group=peers.handle)
 
 
 def _masked_norm(squares: Tensor) -> Tensor:

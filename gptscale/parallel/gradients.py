@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gptscale.parallel.ranks import Group
+
 
 def take_gradients(parameters: Sequence[Tensor], elements: int) -> Tensor:
     """All gradients in one flat tensor of `elements` (zeros at the end where that is more); they are taken away.
@@ -27,22 +29,32 @@ def take_gradients(parameters: Sequence[Tensor], elements: int) -> Tensor:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Replace every gradient by its mean over all ranks: one all-reduce, of whose result they become views."""
-    if dist.get_world_size() == 1:
+def average_gradients(parameters: Sequence[Tensor], replicas: Group) -> None:
+    """Replace every gradient by its mean over replicas: one all-reduce, of whose result they become views."""
+    if replicas.size == 1:
         return
     flat = take_gradients(parameters, sum(parameter.numel() for parameter in parameters))
-    dist.all_reduce(flat)
-    flat.div_(dist.get_world_size())
+    dist.all_reduce(flat, group=replicas.handle)
+    flat.div_(replicas.size)
     start = 0
     for parameter in parameters:
         parameter.grad = flat.narrow(0, start, parameter.numel()).view_as(parameter)
         start += parameter.numel()
 
 
-def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all gradients: fp32 scalar."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def gradient_norm(parameters: Sequence[Tensor], peers: Group | None = None) -> Tensor:
+    """L2 norm over all gradients, and over those that `peers` hold, each of its own: fp32 scalar."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm if peers is None else norm_over(norm, peers)
+
+
+def norm_over(norm: Tensor, peers: Group) -> Tensor:
+    """The norm of what all peers hold together, from each one's own."""
+    if peers.size == 1:
+        return norm
+    squares = norm.square()
+    dist.all_reduce(squares, group=peers.handle)
+    return squares.sqrt()
 
 
 def prepare_update(

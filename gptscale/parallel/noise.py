@@ -21,6 +21,7 @@ class NoiseProbe:
     """
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device) -> None:
+        """`parameters`: those that this rank counts."""
         self._parameters = list(parameters)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.squares = torch.zeros((), device=device)

@@ -27,7 +27,7 @@ class Span:
     parameter: str
     """Canonical name."""
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Of the parameter, or of the slice of it that tensor parallelism leaves a rank."""
     start: int
     offset: int
     size: int

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -14,14 +15,30 @@ import torch.distributed
 
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.process import ProcessInfo
+from gptscale.topology import Coordinates, Topology
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that work together, and this one's place among them."""
+
+    rank: int
+    size: int
+    handle: torch.distributed.ProcessGroup | None
+    """None of all ranks: the default group, where there is one."""
 
 
 class Ranks:
     """This process among its peers. With one process and no engine that needs it, there is no process group."""
 
-    def __init__(self, process: ProcessInfo, deepspeed: bool, timeout_s: float) -> None:
+    def __init__(
+        self, process: ProcessInfo, deepspeed: bool, timeout_s: float, topology: Topology | None = None
+    ) -> None:
         self.rank = process.rank
         self.size = process.world_size
+        self.topology = Topology(self.size) if topology is None else topology
+        assert self.topology.world_size == self.size
+        self.at = self.topology.coordinates(self.rank)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             index = choose_gpu(process, torch.cuda.device_count())
@@ -36,6 +53,34 @@ class Ranks:
         if torch.distributed.is_initialized():
             # Control words travel on their own gloo group, so that agreeing never waits for a GPU's queue.
             self._control = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self.replicas = self._group(lambda at: (at.pipeline, at.tensor), timeout_s)
+        """The ranks that hold the same part of the model: gradients are summed over them."""
+        self.tensor = self._group(lambda at: (at.pipeline, at.data, at.sequence), timeout_s)
+        """The ranks that share every product of this one's."""
+        self.sequence = self._group(lambda at: (at.pipeline, at.data, at.tensor), timeout_s)
+        """The ranks that share this one's rows."""
+
+    def _group(self, key: Callable[[Coordinates], Hashable], timeout_s: float) -> Group:
+        """This rank's group, where those of equal keys are one. A collective: all groups are made on all ranks."""
+        members: dict[Hashable, list[int]] = {}
+        for rank in range(self.size):
+            members.setdefault(key(self.topology.coordinates(rank)), []).append(rank)
+        own = members[key(self.at)]
+        handle = None
+        if len(own) < self.size:
+            for ranks in members.values():
+                made = torch.distributed.new_group(ranks, timeout=timedelta(seconds=timeout_s))
+                handle = made if ranks is own else handle
+        return Group(own.index(self.rank), len(own), handle)
+
+    @property
+    def feeds(self) -> bool:
+        """Whether this rank speaks for the samples of its data coordinate, which others read too."""
+        return self.at.tensor == self.at.sequence == self.at.pipeline == 0
+
+    def sum_fed(self, values: Sequence[int]) -> list[int]:
+        """`sum` of what belongs to samples, each counted once. A collective."""
+        return self.sum([value if self.feeds else 0 for value in values])
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Sums over all ranks, modulo 2⁶⁴. A collective."""
@@ -51,9 +96,9 @@ class Ranks:
         return self.sum([0 if ok else 1])[0] == 0
 
     def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a small device tensor over all ranks, in place. A collective."""
-        if self.size > 1:
-            torch.distributed.all_reduce(values)
+        """Sum a small device tensor over the replicas, in place: tensor peers hold the same. A collective."""
+        if self.replicas.size > 1:
+            torch.distributed.all_reduce(values, group=self.replicas.handle)
         return values
 
     def close(self) -> None:

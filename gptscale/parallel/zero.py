@@ -18,12 +18,14 @@ from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import zero_config
 from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.gradients import average_gradients, gradient_norm, prepare_update, release_kernel
+from gptscale.parallel.held import holdings
 from gptscale.parallel.loss_scale import LossScaler
 from gptscale.parallel.noise import NoiseProbe, noise_estimates
 from gptscale.parallel.optimizer_state import KnowsParameters, updates_of
 from gptscale.parallel.plain import on_device
-from gptscale.parallel.ranks import Ranks
+from gptscale.parallel.ranks import Group, Ranks
 from gptscale.parallel.zero_state import sharded_state
+from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 
 
@@ -36,10 +38,17 @@ class ZeroEngine:
         split: BatchSplit,
         ranks: Ranks,
     ) -> None:
+        if ranks.tensor.size > 1 and isinstance(optimizer, KnowsParameters):
+            raise UserError(
+                f"optimizer.name={settings.optimizer.name} works on whole matrices, of which a rank has slices\n"
+                "use parallel.tensor=1, or optimizer=adamw"
+            )
         self._ranks = ranks
         self._stage = settings.parallel.zero_stage
         self._clip_norm = settings.optimizer.clip_norm
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        held = holdings(model, ranks)
+        self._counted = [parameter for parameter in model.parameters() if held[id(parameter)].first]
         if self._stage == 3:  # compiled code has no hooks to gather weights, so its block gathers all of its own
             for module in model.modules():
                 set_z3_leaf_module(module, is_compiled(module))
@@ -47,7 +56,8 @@ class ZeroEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=zero_config(self._stage, split, self._clip_norm, parameters),
+                config=zero_config(self._stage, split, ranks.replicas.size, self._clip_norm, parameters),
+                mpu=ProcessGroups(ranks),
                 dist_init_required=False,
             )
         if self._stage < 2:
@@ -60,9 +70,12 @@ class ZeroEngine:
             if self._stage > 0:
                 self._optimizer.loss_scaler = rule
                 self._optimizer.dynamic_loss_scale = True
-                self._optimizer.shares = ranks.size
+                self._optimizer.shares = ranks.replicas.size
         self._model: torch.nn.Module = self._engine.module
-        self._state = sharded_state(self._stage, self._model, self._optimizer, ranks.rank, ranks.size)
+        if self._stage > 0 and ranks.tensor.size > 1:
+            self._optimizer.peers = ranks.tensor
+            self._optimizer.not_first = frozenset(key for key, one in held.items() if not one.first)
+        self._state = sharded_state(self._stage, self._model, self._optimizer, ranks.replicas, held)
         if self._stage > 0 and isinstance(optimizer, KnowsParameters):
             optimizer.bind(self._state.flats())
 
@@ -75,18 +88,17 @@ class ZeroEngine:
         sizes = [sum(batch.loss_tokens for batch in microbatches)]
         if measure_noise:
             sizes.append(sum(batch.loss_tokens**2 for batch in microbatches))
-        loss_tokens, *tokens_squared = ranks.sum(sizes) if ranks.size > 1 else sizes
+        loss_tokens, *tokens_squared = ranks.sum_fed(sizes) if ranks.size > 1 else sizes
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         loss_scale = 1.0 if self._scaler is None else self._scaler.scale()
         # DeepSpeed averages gradients over ranks; shares of a global mean have to be summed. In fp16 that is left to
         # the end, where gradients are fp32: in backward the scale alone decides what overflows, on any layout.
-        factor = ranks.size if self._scaler is None else loss_scale
+        factor = ranks.replicas.size if self._scaler is None else loss_scale
         clock = Clock(ranks.device)
         loss = torch.zeros((), device=ranks.device)
         with ExitStack() as stack:
-            parameters = self._model.parameters()
-            probe = stack.enter_context(NoiseProbe(parameters, ranks.device)) if measure_noise else None
+            probe = stack.enter_context(NoiseProbe(self._counted, ranks.device)) if measure_noise else None
             for number, batch in enumerate(microbatches, start=1):
                 engine.set_gradient_accumulation_boundary(number == len(microbatches))  # DeepSpeed cannot count a ramp
                 # fp16: what backward will bring to the loss has to be known where its gradient is rounded, in forward.
@@ -99,12 +111,15 @@ class ZeroEngine:
                 if number < len(microbatches):
                     engine.step()
         forward_backward = clock.lap()
-        norm = self._finish(factor / ranks.size)
+        norm = self._finish(factor / ranks.replicas.size)
         if self._scaler is not None:
             self._scaler.stepped(norm)
         signal = trace = None
         if probe is not None:
-            squares = ranks.sum_tensor(probe.squares) / factor**2
+            squares = ranks.sum_tensor(probe.squares)
+            if ranks.tensor.size > 1:
+                torch.distributed.all_reduce(squares, group=ranks.tensor.handle)
+            squares = squares / factor**2
             signal, trace = noise_estimates(squares, norm, loss_tokens, tokens_squared[0])
         ranks.sum_tensor(loss)
         return StepResult(
@@ -133,8 +148,8 @@ class ZeroEngine:
     def _finish_replicated(self, factor: float) -> torch.Tensor:
         """Stage 0: DeepSpeed's own neither reports a norm nor skips a step whose gradient is not finite."""
         parameters = list(self._model.parameters())
-        average_gradients(parameters)
-        norm = gradient_norm(parameters) / factor
+        average_gradients(parameters, self._ranks.replicas)
+        norm = gradient_norm(self._counted, self._ranks.tensor) / factor
         if not prepare_update(self._optimizer, parameters, norm, self._clip_norm, factor):
             self._engine.zero_grad()  # an optimizer passes over parameters without a gradient: nothing changes
         self._engine.step()
@@ -168,6 +183,38 @@ class ZeroEngine:
         if self._scaler is not None and loss_scaling is not None:
             self._scaler.load(loss_scaling)
         self._state.refresh(updates)
+
+
+class ProcessGroups:
+    """Who works with whom, as DeepSpeed asks for it: it calls such an object `mpu`.
+
+    What it knows as data parallelism is whatever holds the same weights.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def get_data_parallel_group(self) -> Any:
+        return self._handle(self._ranks.replicas)
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._ranks.replicas.size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._ranks.replicas.rank
+
+    def get_model_parallel_group(self) -> Any:
+        return self._handle(self._ranks.tensor)
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._ranks.tensor.size
+
+    def get_model_parallel_rank(self) -> int:
+        return self._ranks.tensor.rank
+
+    @staticmethod
+    def _handle(group: Group) -> Any:
+        return torch.distributed.group.WORLD if group.handle is None else group.handle
 
 
 def deepspeed_scale(config: PrecisionConfig) -> DynamicLossScaler:

@@ -6,14 +6,16 @@ saves again on every stage and compares bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed
 
 from gptscale.flow import Piece, StateKind
+from gptscale.parallel.held import Held, Holdings
 from gptscale.parallel.optimizer_state import Span, kinds_by_parameter, kinds_of, set_step, stored
+from gptscale.parallel.ranks import Group
 
 Flat = tuple[torch.Tensor, list[Span]]
 """A tensor that is optimized in place of parameters, and what this rank's holds of them."""
@@ -33,57 +35,60 @@ class ShardedState(Protocol):
         ...
 
 
-def sharded_state(stage: int, model: torch.nn.Module, optimizer: Any, rank: int, size: int) -> ShardedState:
+def sharded_state(stage: int, model: torch.nn.Module, optimizer: Any, replicas: Group, held: Holdings) -> ShardedState:
     """`optimizer` is what the DeepSpeed engine holds: the client's own at stage 0, DeepSpeed's wrapper above."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     if stage == 0:
-        return Replicated(model, optimizer, rank, size)
-    return FlatPartitions(optimizer, names) if stage < 3 else PartitionedParameters(optimizer, names)
+        return Replicated(model, optimizer, replicas, held)
+    return FlatPartitions(optimizer, held) if stage < 3 else PartitionedParameters(optimizer, held)
 
 
 class Replicated:
-    """Stage 0: every rank holds everything and writes its own share of each parameter."""
+    """Stage 0: every replica holds everything and writes its own share of each parameter."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int) -> None:
-        self._parameters = dict(model.named_parameters())
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, replicas: Group, held: Holdings
+    ) -> None:
+        self._parameters = list(model.parameters())
         self._kinds = kinds_by_parameter(optimizer)
         self._optimizer = optimizer
-        self._rank = rank
-        self._size = size
+        self._replicas = replicas
+        self._held = held
 
     def pieces(self) -> list[Piece]:
         found: list[Piece] = []
-        for name, parameter in self._parameters.items():
-            bounds = [parameter.numel() * part // self._size for part in range(self._size + 1)]
-            for part in range(self._size):
+        for parameter in self._parameters:
+            held, size = self._held[id(parameter)], self._replicas.size
+            bounds = [parameter.numel() * part // size for part in range(size + 1)]
+            for part in range(size):
                 start, end = bounds[part], bounds[part + 1]
                 for kind, values in stored(self._optimizer, parameter, self._kinds[id(parameter)]):
-                    share = values.view(-1)[start:end]
+                    share, writes = values.view(-1)[start:end], held.first and part == self._replicas.rank
                     if start < end:
-                        found.append(Piece(name, kind, tuple(parameter.shape), start, share, writes=part == self._rank))
+                        found.append(Piece(held.name, kind, held.shape, start, share, held.shard, writes))
         return found
 
     def flats(self) -> list[Flat]:
         return []
 
     def refresh(self, updates: int) -> None:
-        for parameter in self._parameters.values():
+        for parameter in self._parameters:
             set_step(self._optimizer, parameter, self._kinds[id(parameter)], updates)
 
 
 class FlatPartitions:
     """Stages 1 and 2: per group one flat fp32 master, of which each rank owns an equal range."""
 
-    def __init__(self, optimizer: Any, names: dict[int, str]) -> None:
+    def __init__(self, optimizer: Any, held: Holdings) -> None:
         self._zero = optimizer
-        self._names = names
+        self._held = held
+        self._by_name = {one.name: one for one in held.values()}
 
     def pieces(self) -> list[Piece]:
         groups = self._zero.optimizer.param_groups
         return [
             piece
             for (flat, spans), group in zip(self.flats(), groups, strict=True)
-            for piece in _pieces(self._zero.optimizer, flat, spans, kinds_of(group))
+            for piece in _pieces(self._zero.optimizer, flat, spans, kinds_of(group), self._by_name)
         ]
 
     def flats(self) -> list[Flat]:
@@ -97,7 +102,7 @@ class FlatPartitions:
                 start = max(offset, low)
                 end = min(offset + parameter.numel(), low + flat.numel())
                 if start < end:
-                    name, shape = self._names[id(parameter)], tuple(parameter.shape)
+                    name, shape = self._held[id(parameter)].name, tuple(parameter.shape)
                     spans.append(Span(name, shape, start - offset, start - low, end - start))
             found.append((flat, spans))
         return found
@@ -112,15 +117,16 @@ class FlatPartitions:
 class PartitionedParameters:
     """Stage 3: every parameter is cut over the ranks, and the cuts lie in flat fp32 sub-groups."""
 
-    def __init__(self, optimizer: Any, names: dict[int, str]) -> None:
+    def __init__(self, optimizer: Any, held: Holdings) -> None:
         self._zero = optimizer
-        self._names = names
+        self._held = held
+        self._by_name = {one.name: one for one in held.values()}
 
     def pieces(self) -> list[Piece]:
         return [
             piece
             for index, (flat, spans) in enumerate(self.flats())
-            for piece in _pieces(self._zero.optimizer, flat, spans, self._kinds(index))
+            for piece in _pieces(self._zero.optimizer, flat, spans, self._kinds(index), self._by_name)
         ]
 
     def flats(self) -> list[Flat]:
@@ -132,7 +138,7 @@ class PartitionedParameters:
                 start = zero._get_param_partition_rank(parameter) * padded
                 count = min(start + padded, parameter.ds_numel) - start
                 if count > 0:
-                    name, shape = self._names[id(parameter)], tuple(parameter.ds_shape)
+                    name, shape = self._held[id(parameter)].name, tuple(parameter.ds_shape)
                     found[index][1].append(Span(name, shape, start, offset, count))
         return found
 
@@ -151,9 +157,14 @@ class PartitionedParameters:
 
 
 def _pieces(
-    optimizer: torch.optim.Optimizer, flat: torch.Tensor, spans: Sequence[Span], kinds: tuple[StateKind, ...]
+    optimizer: torch.optim.Optimizer,
+    flat: torch.Tensor,
+    spans: Sequence[Span],
+    kinds: tuple[StateKind, ...],
+    by_name: Mapping[str, Held],
 ) -> Iterator[Piece]:
     for span in spans:
+        held = by_name[span.parameter]
         for kind, values in stored(optimizer, flat, kinds):
             here = values[span.offset : span.offset + span.size]
-            yield Piece(span.parameter, kind, span.shape, span.start, here)
+            yield Piece(held.name, kind, held.shape, span.start, here, held.shard, held.first)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from gptscale.checkpoint.agreement import all_or_none, tell_number
 from gptscale.config.schema import TrainRoot
+from gptscale.config.shape import head_width, kv_heads
 from gptscale.config.stages import longest_sequence
 from gptscale.model.attention import Attention, LayerKind
 from gptscale.model.gpt import GPT
 from gptscale.model.kernel_timing import Heads, fastest, time_kernels
 from gptscale.model.kernels import KERNELS, Case, KernelName, rule
-from gptscale.model.shape import head_width, kv_heads
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.errors import UserError
 
@@ -148,7 +148,8 @@ def _choose(
         if ranks.rank != 0:
             return {}
         names = [by_rule, *(name for name in able if name != by_rule)]
-        heads = Heads(settings.model.heads, kv_heads(settings.model), case.head_width)
+        share = ranks.tensor.size * ranks.sequence.size
+        heads = Heads(settings.model.heads // share, kv_heads(settings.model) // share, case.head_width)
         sequences = max(1, settings.train.micro_batch * settings.data.sequence_length // case.tokens)
         return time_kernels(names, case, heads, sequences, starts_BT, budget_s, LOG.warning)
 

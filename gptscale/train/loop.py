@@ -24,6 +24,7 @@ from gptscale.model.gpt import GPT
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.engine import Engine, build_engine
 from gptscale.parallel.ranks import Ranks
+from gptscale.parallel.spread import spread
 from gptscale.runtime.errors import StoppedError
 from gptscale.runtime.seeds import derive_seed
 from gptscale.runtime.signals import StopRequest
@@ -112,6 +113,7 @@ def train_in(
         all_or_none(ranks, lambda: check_compiler(ranks.device), "trying the compiler")
         LOG.info("blocks are compiled in the first step, which takes longer")
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    spread(model, ranks)
     engine = build_engine(model, build_optimizer(model, settings.optimizer), settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)
     memory.engine = engine
@@ -174,7 +176,7 @@ def run_to_end(session: Session, stop: StopRequest) -> None:
     settings, total_steps = session.settings, session.total_steps
     start = session.progress.position.samples
     session.profiler.announce(session.progress.step, total_steps)
-    feed = StepFeed(session.corpora.stream, session.plan, session.split, session.ranks.rank, start)
+    feed = StepFeed(session.corpora.stream, session.plan, session.split, session.ranks.at.data, start)
     with feed, settled_whatever_comes(session):
         session.clock.restart()
         while session.progress.step < total_steps:
@@ -216,12 +218,12 @@ def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> b
     tokens = samples * session.plan.row_length(progress.position.samples)
     after, peak = progress.tokens + tokens, settings.optimizer.learning_rate
     rate = learning_rate(after, settings.schedule, peak, session.schedule_tokens)
-    # Dropout is a function of seed, step and rank, so a resumed run needs no generator's state.
-    torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.rank))
+    # Dropout is a function of seed, step and replica, so a resumed run needs no generator's state.
+    torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.replicas.rank))
     measure_noise = due(progress.step + 1, settings.train.noise_scale_every_steps)
     with span(TRAIN):
         result = session.engine.train_step(data.microbatches, rate, measure_noise)
-    sample_hash, stopping = ranks.sum([data.sample_hash, int(stop.requested)])
+    sample_hash, stopping = ranks.sum([data.sample_hash if ranks.feeds else 0, int(stop.requested)])
     session.progress = progress.advanced(samples, tokens, sample_hash)
     taken = TakenStep(result, session.progress, rate, session.clock.lap(), data.wait_s, session.save_s)
     settle(session)

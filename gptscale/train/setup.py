@@ -183,7 +183,7 @@ def open_heldout(
         limit = settings.evaluation.sequences if sequences is None else sequences
         length, micro_batch = settings.data.sequence_length, settings.train.micro_batch
         documents, boundaries = settings.data.document_mask, settings.data.boundary_loss
-        rank, size = ranks.rank, ranks.size
+        rank, size = ranks.at.data, ranks.topology.data
         return HeldoutBatches(folder, length, micro_batch, limit, rank, size, documents, source, boundaries, cache)
 
     if len(folders) == 1:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from gptscale.config.compose import Composed, compose
+from gptscale.config.rules import topology_of
 from gptscale.config.schema import TrainRoot
 from gptscale.runtime.errors import (
     EXIT_DIVERGED,
@@ -95,7 +96,8 @@ def connect(settings: TrainRoot, process: ProcessInfo) -> Ranks:
     """Take this rank's device and meet the others. Imports torch."""
     from gptscale.parallel.ranks import Ranks
 
-    return Ranks(process, deepspeed=settings.parallel.engine == "deepspeed", timeout_s=settings.parallel.timeout_s)
+    deepspeed, timeout_s = settings.parallel.engine == "deepspeed", settings.parallel.timeout_s
+    return Ranks(process, deepspeed, timeout_s, topology_of(settings.parallel, process.world_size))
 
 
 def run(composed: Composed[TrainRoot], ranks: Ranks, stop: StopRequest) -> int:

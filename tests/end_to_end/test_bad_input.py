@@ -21,6 +21,7 @@ GPTSCALE = str(Path(sys.executable).parent / "gptscale")
 
 
 TINY = ("experiment=tiny",)
+TP2 = ("parallel.tensor=2", "launch.ranks=2")
 
 
 def refused(code: int, err: str, *words: str) -> None:
@@ -55,7 +56,15 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", "model.width=65"], ["model.heads=4", "model.width=65", "64"]),
         (["train", "experiment=tiny", "train.global_batch=9", "launch.ranks=2"], ["train.global_batch=9", "8 or 10"]),
         (["train", "experiment=tiny", "train.tokens=100"], ["train.steps", "train.tokens"]),
-        (["train", "experiment=tiny", "parallel.tensor=2"], ["parallel.tensor=2", "zero_stage"]),
+        (["train", "experiment=tiny", "parallel.tensor=2"], ["parallel.tensor", "launch.ranks=2"]),
+        (["train", "experiment=tiny", "parallel.tensor=3", "launch.ranks=3"], ["parallel.tensor=3", "model.heads=4"]),
+        (["train", "experiment=tiny", *TP2, "optimizer=muon"], ["optimizer.name=muon", "parallel.tensor=1"]),
+        (["train", "experiment=tiny", *TP2, "train.compile=block"], ["train.compile=block", "train.compile=none"]),
+        (["train", "experiment=tiny", *TP2, "parallel=plain"], ["parallel.engine=plain"]),
+        (["train", "experiment=tiny", *TP2, "model.kv_heads=1"], ["parallel.tensor=2", "model.kv_heads=1"]),
+        (["train", "experiment=tiny", *TP2, "model.vocab_multiple=1"], ["parallel.tensor=2", "model.vocab_multiple"]),
+        (["train", "experiment=tiny", "parallel.tensor=0"], ["parallel.tensor=0"]),
+        (["train", "experiment=tiny", "parallel.pipeline=2"], ["parallel.pipeline=2"]),
         (["train", "experiment=tiny", "parallel.zero_stage=4"], ["parallel.zero_stage=4"]),
         (["train", "experiment=tiny", "parallel=plain", "launch.ranks=2"], ["parallel.engine=plain"]),
         (["train", "experiment=tiny", "checkpoint.keep=1"], ["checkpoint.keep=1"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch._dynamo.utils import counters
 
+from gptscale.config.rules import check, topology_of
 from gptscale.config.schema import (
     DataConfig,
     ModelConfig,
@@ -23,14 +26,15 @@ from gptscale.config.schema import (
     TrainRoot,
 )
 from gptscale.data.rows import document_starts
-from gptscale.flow import Batch
+from gptscale.flow import Batch, Piece
 from gptscale.model.compiling import compile_blocks
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.engine import Engine, build_engine
 from gptscale.parallel.ranks import Ranks
+from gptscale.parallel.spread import spread
 from gptscale.runtime.process import find_process
-from gptscale.topology import BatchSplit, split_batch
+from gptscale.topology import BatchSplit
 from gptscale.train.optimizer import build_optimizer
 
 STEPS, GLOBAL_BATCH, LENGTH, VOCABULARY = 10, 8, 32, 2000
@@ -59,6 +63,9 @@ class Cell:
     """Activation checkpointing of every block on the layout under test; the plain reference keeps its activations."""
     compiled: bool = False
     """Blocks by `torch.compile`."""
+    extras: bool = False
+    """Norms of queries and keys, a soft cap, a z-loss, a scaled embedding."""
+    dropout: float = 0.0
     learning_rate: float = 1e-3
     optimizer: str = "adamw"
     clip_norm: float = 1.0
@@ -74,10 +81,28 @@ CELLS = (
     Cell("skipped-step", "modern", True, "fp32", poisoned=3),
     Cell("muon", "gpt3", True, "fp32", poisoned=3, optimizer="muon"),
     Cell("documents", "gpt3", True, "fp32", documents=True, windows=True, recompute=True),
+    Cell("extras", "modern", False, "fp32", documents=True, windows=True, extras=True),
 )
 
 
-def settings(cell: Cell, engine: Literal["plain", "deepspeed"], stage: int, micro_batch: int) -> TrainRoot:
+@dataclass(frozen=True)
+class Layout:
+    """How a cell is spread over ranks."""
+
+    engine: Literal["plain", "deepspeed"]
+    stage: int = 0
+    tensor: int = 1
+    sequence: int = 1
+
+    @property
+    def config(self) -> ParallelConfig:
+        return ParallelConfig(self.engine, self.stage, tensor=self.tensor, sequence=self.sequence)
+
+
+PLAIN = Layout("plain")
+
+
+def settings(cell: Cell, layout: Layout, micro_batch: int) -> TrainRoot:
     # init_std 0.2: weights large enough that a wrong mask or a missing scale shows. The embedding is above DeepSpeed's
     # threshold (100,000 elements) below which stage 3 keeps a parameter whole.
     model = ModelConfig(layers=2, width=64, heads=4, init_std=0.2, tied_embeddings=cell.tied)
@@ -94,11 +119,14 @@ def settings(cell: Cell, engine: Literal["plain", "deepspeed"], stage: int, micr
             feedforward="swiglu",
             bias=False,
         )
+    if cell.extras:
+        model = replace(model, qk_norm=True, logit_softcap=20.0, z_loss=1e-3, embedding_scale=2.0)
     if cell.windows:
         model = replace(model, attention_pattern=("full", "window"), window=5)
+    model = replace(model, dropout=cell.dropout)
     return TrainRoot(
         model=model,
-        parallel=ParallelConfig(engine=engine, zero_stage=stage),
+        parallel=layout.config,
         precision=PrecisionConfig(cell.compute),
         # With the usual epsilon of 1e-8 an element whose gradient is rounding noise moves by the whole learning rate:
         # one of 131,072 did, by 5e-5, between two plain runs that differ in the micro-batch alone.
@@ -110,13 +138,18 @@ def settings(cell: Cell, engine: Literal["plain", "deepspeed"], stage: int, micr
     )
 
 
-def run_cells(engine: Literal["plain", "deepspeed"], stage: int, micro_batch: int, cells: tuple[Cell, ...]) -> None:
-    """Train every cell on this layout; rank r leaves `<cell>-r.npz` and `<cell>-r.json` in the working directory."""
-    process = find_process(os.environ)
+def join(layout: Layout) -> Ranks:
+    """This process among the ranks of its layout."""
     torch.set_num_threads(1)
-    ranks = Ranks(process, deepspeed=engine == "deepspeed", timeout_s=60)
+    process = find_process(os.environ)
+    return Ranks(process, layout.engine == "deepspeed", 60, topology_of(layout.config, process.world_size))
+
+
+def run_cells(layout: Layout, micro_batch: int, cells: tuple[Cell, ...]) -> None:
+    """Train every cell on this layout; rank r leaves `<cell>-r.npz` and `<cell>-r.json` in the working directory."""
+    ranks = join(layout)
     for cell in cells:
-        recorded, facts = _train(cell, settings(cell, engine, stage, micro_batch), ranks)
+        recorded, facts = _train(cell, settings(cell, layout, micro_batch), ranks)
         np.savez(Path(f"{cell.name}-{ranks.rank}.npz"), **recorded)
         Path(f"{cell.name}-{ranks.rank}.json").write_text(json.dumps(facts))
     ranks.close()
@@ -131,12 +164,15 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         torch._dynamo.reset()
         counters.clear()
         compile_blocks(model)
-    split = split_batch(GLOBAL_BATCH, root.train.micro_batch, ranks.size)
+    split = check(root, ranks.size)
+    parameters = sum(p.numel() for p in model.parameters())
+    spread(model, ranks)
     engine = build_engine(model, build_optimizer(model, root.optimizer), root, split, ranks)
     recorded: dict[str, npt.NDArray[Any]] = {f"initial:{name}": x for name, x in gathered(engine, "weight").items()}
     losses, norms, heldout = [], [], []
     for step in range(STEPS):
-        microbatches = batches(step, cell, split, ranks.rank)
+        microbatches = batches(step, cell, split, ranks.at.data)
+        torch.manual_seed(1000 * step + ranks.replicas.rank)
         if step == cell.poisoned:
             with poison(model):
                 result = engine.train_step(microbatches, cell.learning_rate)
@@ -158,7 +194,7 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         "optimizer": type(getattr(engine, "_optimizer", None)).__name__,
         "stage": None if inner is None else inner.zero_optimization_stage(),
         "updates": engine.updates(),
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        "parameters": parameters,
         "written": sum(piece.values.numel() for piece in pieces if piece.writes and piece.kind == "weight"),
         "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind in FIRST_MOMENTS),
         "graphs": counters["stats"]["unique_graphs"] if cell.compiled else 0,
@@ -168,8 +204,30 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
 
 
 def gathered(engine: Engine, kind: str) -> dict[str, npt.NDArray[Any]]:
-    """This rank's pieces of one kind, under `name@start`, with the whole shape's size implied by the name."""
-    return {f"{p.parameter}@{p.start}": p.values.cpu().numpy().copy() for p in engine.pieces() if p.kind == kind}
+    """This rank's pieces of one kind, under `place_of`."""
+    return {place_of(piece): piece.values.cpu().numpy().copy() for piece in engine.pieces() if piece.kind == kind}
+
+
+def place_of(piece: Piece) -> str:
+    """Name, whole shape, slice and first element, for `assembled`."""
+    shard = piece.shard
+    return f"{piece.parameter}@{json.dumps([piece.shape, shard and [shard.dim, shard.start, shard.size], piece.start])}"
+
+
+def assembled(places: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """A whole parameter from everybody's pieces of it, by what follows the `@` of their places."""
+    flat: dict[str, dict[int, npt.NDArray[Any]]] = defaultdict(dict)
+    for place, values in places.items():
+        shape, shard, start = json.loads(place)
+        flat[json.dumps(shard)][start] = values
+    whole = np.full(shape, np.nan, dtype=np.float32)
+    for text, pieces in flat.items():
+        shard = json.loads(text)
+        dim, first, size = shard or [0, 0, shape[0]]
+        cut = whole[(slice(None),) * dim + (slice(first, first + size),)]
+        cut[...] = np.concatenate([pieces[start] for start in sorted(pieces)]).reshape(cut.shape)
+    assert not np.isnan(whole).any()
+    return whole
 
 
 def batches(step: int, cell: Cell, split: BatchSplit, data_rank: int) -> list[Batch]:

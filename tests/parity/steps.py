@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +20,22 @@ from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.engine import Engine, build_engine
 from gptscale.parallel.loss_scale import DynamicScale
-from gptscale.parallel.ranks import Ranks
-from gptscale.runtime.process import find_process
-from gptscale.topology import BatchSplit, split_batch
+from gptscale.parallel.spread import spread
+from gptscale.topology import split_batch
 from gptscale.train.optimizer import OPTIMIZERS, build_optimizer, parameter_groups
 from tests.helpers.syncs import counting
-from tests.parity.cells import CELLS, GLOBAL_BATCH, LENGTH, VOCABULARY, batches, gathered, poison, settings
+from tests.parity.cells import (
+    CELLS,
+    GLOBAL_BATCH,
+    LENGTH,
+    VOCABULARY,
+    Layout,
+    batches,
+    gathered,
+    join,
+    poison,
+    settings,
+)
 
 CELL = next(cell for cell in CELLS if cell.name == "gpt3-tied")
 FP16 = PrecisionConfig(compute="fp16", loss_scale=2.0**21, loss_scale_window=3)
@@ -40,39 +49,37 @@ def unfused(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Opti
     return torch.optim.SGD([{**group, "state_kinds": ()} for group in groups], config.learning_rate, foreach=True)
 
 
-class Layout:
+class Bench:
     """Builds engines on the ranks of this process group."""
 
-    def __init__(self, engine: Literal["plain", "deepspeed"], stage: int) -> None:
-        torch.set_num_threads(1)
-        self.ranks = Ranks(find_process(os.environ), deepspeed=engine == "deepspeed", timeout_s=60)
-        self.settings = settings(CELL, engine, stage, 2)
-        self.split: BatchSplit = split_batch(GLOBAL_BATCH, 2, self.ranks.size)
+    def __init__(self, layout: Layout) -> None:
+        self.ranks = join(layout)
+        self.settings = settings(CELL, layout, 2)
+        self.split = split_batch(GLOBAL_BATCH, 2, self.ranks.topology.data)
 
     def build(self, root: TrainRoot, seed: int = 0) -> tuple[GPT, Engine]:
         model = GPT(root.model, VOCABULARY, LENGTH, COMPUTE_TYPES[root.precision.compute])
         initialise(model, seed)
+        spread(model, self.ranks)
         return model, build_engine(model, build_optimizer(model, root.optimizer), root, self.split, self.ranks)
 
     def step(self, engine: Engine, number: int, noise: bool = False) -> StepResult:
-        return engine.train_step(batches(number, CELL, self.split, self.ranks.rank), CELL.learning_rate, noise)
+        return engine.train_step(batches(number, CELL, self.split, self.ranks.at.data), CELL.learning_rate, noise)
 
 
-def record_steps(
-    engine: Literal["plain", "deepspeed"], stage: int, folder: str, elsewhere: str | None, full: bool
-) -> None:
+def record_steps(layout: Layout, folder: str, elsewhere: str | None, full: bool) -> None:
     """Leaves `steps-RANK.json` in the working directory; `elsewhere` is the folder of the plain engine's record."""
-    layout = Layout(engine, stage)
-    fused = replace(layout.settings, precision=PrecisionConfig())
+    bench = Bench(layout)
+    fused = replace(bench.settings, precision=PrecisionConfig())
     slow = replace(fused, optimizer=replace(fused.optimizer, name="unfused"))
-    found: dict[str, Any] = {"fused": waits_and_skips(layout, fused), "noise": noise(layout, fused)}
+    found: dict[str, Any] = {"fused": waits_and_skips(bench, fused), "noise": noise(bench, fused)}
     if full:
-        found["unfused"] = waits_and_skips(layout, slow)
-    if engine == "deepspeed":
+        found["unfused"] = waits_and_skips(bench, slow)
+    if layout.engine == "deepspeed":
         found["rules"] = same_rule()
-    found["fp16"] = scaled(layout, replace(fused, precision=FP16), Path(folder), elsewhere)
-    Path(f"steps-{layout.ranks.rank}.json").write_text(json.dumps(found))
-    layout.ranks.close()
+    found["fp16"] = scaled(bench, replace(fused, precision=FP16), Path(folder), elsewhere)
+    Path(f"steps-{bench.ranks.rank}.json").write_text(json.dumps(found))
+    bench.ranks.close()
 
 
 def same_rule() -> int:
@@ -97,18 +104,18 @@ def same_rule() -> int:
     return equal
 
 
-def waits_and_skips(layout: Layout, root: TrainRoot) -> dict[str, Any]:
-    model, engine = layout.build(root)
-    layout.step(engine, 0)
+def waits_and_skips(bench: Bench, root: TrainRoot) -> dict[str, Any]:
+    model, engine = bench.build(root)
+    bench.step(engine, 0)
     with counting() as counts:
-        result = layout.step(engine, 1)
+        result = bench.step(engine, 1)
     before, updates = state(engine), engine.updates()
     with poison(model), counting() as skipping:
-        skipped = layout.step(engine, 2)
+        skipped = bench.step(engine, 2)
     after = state(engine)
     assert set(before) == set(after)
     changed = [name for name in before if not np.array_equal(before[name], after[name])]
-    again = layout.step(engine, 3)
+    again = bench.step(engine, 3)
     return {
         "waits": dict(counts.places),
         "waits_of_a_skip": dict(skipping.places),
@@ -119,51 +126,51 @@ def waits_and_skips(layout: Layout, root: TrainRoot) -> dict[str, Any]:
     }
 
 
-def noise(layout: Layout, root: TrainRoot) -> list[tuple[float, float]]:
-    _, engine = layout.build(root)
-    results = [layout.step(engine, number, noise=True) for number in range(3)]
-    assert layout.step(engine, 3).noise_signal is None
+def noise(bench: Bench, root: TrainRoot) -> list[tuple[float, float]]:
+    _, engine = bench.build(root)
+    results = [bench.step(engine, number, noise=True) for number in range(3)]
+    assert bench.step(engine, 3).noise_signal is None
     return [values(result) for result in results]
 
 
-def scaled(layout: Layout, root: TrainRoot, folder: Path, elsewhere: str | None) -> dict[str, Any]:
+def scaled(bench: Bench, root: TrainRoot, folder: Path, elsewhere: str | None) -> dict[str, Any]:
     """A run in fp16 whose scale has to fall at first, the same resumed, and one that goes on from another layout's."""
-    model, engine = layout.build(root)
-    first = run(layout, model, engine, 0, SAVED)
+    model, engine = bench.build(root)
+    first = run(bench, model, engine, 0, SAVED)
     save_checkpoint(
         folder,
         SAVED,
         engine.pieces(),
         state={"updates": engine.updates(), "scaling": engine.loss_scaling()},
         layout={},
-        comm=layout.ranks,
+        comm=bench.ranks,
         keep=2,
         report=print,
     )
-    rest = run(layout, model, engine, SAVED, STEPS)
+    rest = run(bench, model, engine, SAVED, STEPS)
     with counting() as counts:
-        layout.step(engine, STEPS)
+        bench.step(engine, STEPS)
     found: dict[str, Any] = {"steps": first + rest, "rest": rest, "updates": engine.updates()}
     found |= {"waits": dict(counts.places), "end": engine.loss_scaling()}
     for name, source in (("resumed", folder), ("moved", None if elsewhere is None else Path(elsewhere))):
         if source is not None:
-            model, engine = layout.build(root, seed=17)
-            saved = restore_from(source / f"step-{SAVED:08d}", engine.pieces(), layout.ranks, print).state
+            model, engine = bench.build(root, seed=17)
+            saved = restore_from(source / f"step-{SAVED:08d}", engine.pieces(), bench.ranks, print).state
             engine.loaded(saved["updates"], saved["scaling"])
             assert engine.loss_scaling() == saved["scaling"]
-            found[name] = run(layout, model, engine, SAVED, STEPS)
+            found[name] = run(bench, model, engine, SAVED, STEPS)
     return found
 
 
-def run(layout: Layout, model: GPT, engine: Engine, start: int, end: int) -> list[tuple[float, ...]]:
+def run(bench: Bench, model: GPT, engine: Engine, start: int, end: int) -> list[tuple[float, ...]]:
     """(loss, norm, loss scale, signal, trace) of every step."""
     made = []
     for number in range(start, end):
         if number == POISONED:
             with poison(model):
-                result = layout.step(engine, number, noise=True)
+                result = bench.step(engine, number, noise=True)
         else:
-            result = layout.step(engine, number, noise=True)
+            result = bench.step(engine, number, noise=True)
         assert result.loss_scale is not None
         made.append((float(result.loss), float(result.grad_norm), result.loss_scale, *values(result)))
     return made
@@ -180,21 +187,21 @@ def state(engine: Engine) -> dict[str, Any]:
     return {f"{kind}:{name}": value for kind in kinds for name, value in gathered(engine, kind).items()}
 
 
-def wait_for_nothing(engine: Literal["plain", "deepspeed"], stage: int) -> None:
+def wait_for_nothing(layout: Layout) -> None:
     """On a CUDA device: steps in fp32 and bf16 in which torch raises where anything waits for the device."""
-    layout = Layout(engine, stage)
+    bench = Bench(layout)
     for compute in ("fp32", "bf16"):
-        root = replace(layout.settings, precision=PrecisionConfig(compute=compute))  # type: ignore[arg-type]
-        _, made = layout.build(root)
+        root = replace(bench.settings, precision=PrecisionConfig(compute=compute))  # type: ignore[arg-type]
+        _, made = bench.build(root)
         for number in range(2):
-            layout.step(made, number)
+            bench.step(made, number)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            result = layout.step(made, 2, noise=True)
+            result = bench.step(made, 2, noise=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert result.forward_backward_s is not None
         assert result.update_s is not None
         assert result.forward_backward_s > result.update_s > 0
         assert np.isfinite(float(result.grad_norm))
-    layout.ranks.close()
+    bench.ranks.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ranks
-from tests.parity.cells import Cell, run_cells
+from tests.parity.cells import PLAIN, Cell, Layout, run_cells
 from tests.parity.test_zero import (
     Recorded,
     assert_equal_in_fp32,
@@ -33,13 +33,13 @@ COMPILING_S = 400.0
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
     folder = tmp_path_factory.mktemp("eager")
-    ranks.run(run_cells, ["plain", 0, 2, EAGER], 1, folder)
+    ranks.run(run_cells, [PLAIN, 2, EAGER], 1, folder)
     return {cell.name: record(folder, cell, 1)[0] for cell in EAGER}
 
 
 def test_a_compiled_layout_equals_the_eager_process(eager: dict[str, Recorded], tmp_path: Path) -> None:
     stage, size = 3, 2
-    ranks.run(run_cells, ["deepspeed", stage, 2, COMPILED], size, tmp_path, COMPILING_S)
+    ranks.run(run_cells, [Layout("deepspeed", stage), 2, COMPILED], size, tmp_path, COMPILING_S)
     for cell in COMPILED:
         found, facts = record(tmp_path, cell, size)
         assert [fact["graphs"] for fact in facts] == [GRAPHS] * size

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import ranks
-from tests.parity.cells import CELLS, Cell, run_cells
+from tests.parity.cells import CELLS, PLAIN, Cell, Layout, run_cells
 from tests.parity.steps import wait_for_nothing
 from tests.parity.test_steps import check_fp16, check_waits_and_skips
 from tests.parity.test_steps import record as steps_of
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def plain_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
     folder = tmp_path_factory.mktemp("plain")
-    started = ranks.start(run_cells, ["plain", 0, 2, CELLS], 1, folder, {"CUDA_VISIBLE_DEVICES": ""})
+    started = ranks.start(run_cells, [PLAIN, 2, CELLS], 1, folder, {"CUDA_VISIBLE_DEVICES": ""})
     assert started.wait() == [0], started.text()
     return {cell.name: record(folder, cell, 1)[0] for cell in CELLS}
 
@@ -32,8 +32,7 @@ def test_a_device_computes_what_a_cpu_does(
     stage: int | None, plain_on_cpu: dict[str, Recorded], tmp_path: Path
 ) -> None:
     assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"
-    engine = "plain" if stage is None else "deepspeed"
-    ranks.run(run_cells, [engine, stage or 0, 2, CELLS], 1, tmp_path)
+    ranks.run(run_cells, [layout_of(stage), 2, CELLS], 1, tmp_path)
     for cell in CELLS:
         found, _ = record(tmp_path, cell, 1)
         differences = worst(plain_on_cpu[cell.name], found)
@@ -45,7 +44,7 @@ def test_a_device_computes_what_a_cpu_does(
 @pytest.mark.parametrize("stage", [None, 3])
 def test_compiled_blocks(stage: int | None, plain_on_cpu: dict[str, Recorded], tmp_path: Path) -> None:
     cells = tuple(replace(cell, compiled=True) for cell in CELLS if cell.name in ("gpt3-tied", "documents", "bf16"))
-    ranks.run(run_cells, ["plain" if stage is None else "deepspeed", stage or 0, 2, cells], 1, tmp_path)
+    ranks.run(run_cells, [layout_of(stage), 2, cells], 1, tmp_path)
     for cell in cells:
         found, facts = record(tmp_path, cell, 1)
         assert facts[0]["graphs"] == 2
@@ -54,15 +53,19 @@ def test_compiled_blocks(stage: int | None, plain_on_cpu: dict[str, Recorded], t
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_a_step_waits_for_nothing(stage: int | None, tmp_path: Path) -> None:
-    ranks.run(wait_for_nothing, ["plain" if stage is None else "deepspeed", stage or 0], 1, tmp_path)
+    ranks.run(wait_for_nothing, [layout_of(stage)], 1, tmp_path)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_on_a_device(stage: int, tmp_path: Path) -> None:
     """The scale finds its value and is gone on with; that of the plain engine is compared on a CPU."""
-    found = steps_of(tmp_path / "found", "deepspeed", stage, 1, None)
+    found = steps_of(tmp_path / "found", layout_of(stage), 1, None)
     check_waits_and_skips(found["fused"], waits=0)
     check_fp16(found["fp16"])
+
+
+def layout_of(stage: int | None) -> Layout:
+    return PLAIN if stage is None else Layout("deepspeed", stage)
 
 
 def tolerance(cell: Cell) -> float:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,24 +14,28 @@ from gptscale.checkpoint.write import save_checkpoint
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.engine import build_engine
-from gptscale.parallel.ranks import Ranks
-from gptscale.runtime.process import find_process
+from gptscale.parallel.spread import spread
 from gptscale.topology import split_batch
 from gptscale.train.optimizer import build_optimizer
 from tests.helpers import ranks as processes
-from tests.parity.cells import CELLS, GLOBAL_BATCH, LENGTH, VOCABULARY, batches, settings
+from tests.parity.cells import CELLS, GLOBAL_BATCH, LENGTH, PLAIN, VOCABULARY, Layout, batches, join, settings
 
-Layout = tuple[Literal["plain", "deepspeed"], int, int]
-CHAIN: tuple[Layout, ...] = (
-    ("plain", 0, 1),
-    ("deepspeed", 3, 2),
-    ("deepspeed", 1, 2),
-    ("deepspeed", 0, 2),
-    ("deepspeed", 2, 2),
-    ("deepspeed", 3, 1),
-    ("plain", 0, 1),
+Chain = tuple[tuple[Layout, int], ...]
+ZERO_0, ZERO_1, ZERO_2, ZERO_3 = (Layout("deepspeed", stage) for stage in range(4))
+CHAIN: Chain = (
+    (PLAIN, 1),
+    (ZERO_3, 2),
+    (ZERO_1, 2),
+    (Layout("deepspeed", 3, tensor=2), 4),
+    (ZERO_0, 2),
+    (Layout("deepspeed", 0, tensor=2), 4),
+    (ZERO_2, 2),
+    (Layout("deepspeed", 1, tensor=4), 4),
+    (Layout("deepspeed", 2, tensor=2), 2),
+    (ZERO_3, 1),
+    (PLAIN, 1),
 )
-MUON_CHAIN: tuple[Layout, ...] = (("deepspeed", 1, 2), ("deepspeed", 3, 2), ("plain", 0, 1), ("deepspeed", 2, 2))
+MUON_CHAIN: Chain = ((ZERO_1, 2), (ZERO_3, 2), (PLAIN, 1), (ZERO_2, 2))
 
 
 def refuse_compilers() -> None:
@@ -46,21 +48,19 @@ def refuse_compilers() -> None:
         setattr(compilers, name, refuse)
 
 
-def step_and_save(
-    cell_name: str, engine_name: Literal["plain", "deepspeed"], stage: int, source: str | None, target: str
-) -> None:
+def step_and_save(cell_name: str, layout: Layout, source: str | None, target: str) -> None:
     """Load what `source` holds into a fresh engine of another seed; save it again, or train three steps without one."""
     refuse_compilers()
     cell = next(cell for cell in CELLS if cell.name == cell_name)
-    root = settings(cell, engine_name, stage, 2)
-    ranks = Ranks(find_process(os.environ), deepspeed=engine_name == "deepspeed", timeout_s=60)
+    root, ranks = settings(cell, layout, 2), join(layout)
     model = GPT(root.model, VOCABULARY, LENGTH, torch.float32)
     initialise(model, 0 if source is None else 17)
-    split = split_batch(GLOBAL_BATCH, 2, ranks.size)
+    spread(model, ranks)
+    split = split_batch(GLOBAL_BATCH, 2, ranks.topology.data)
     engine = build_engine(model, build_optimizer(model, root.optimizer), root, split, ranks)
     if source is None:
         for step in range(3):
-            engine.train_step(batches(step, cell, split, ranks.rank), cell.learning_rate)
+            engine.train_step(batches(step, cell, split, ranks.at.data), cell.learning_rate)
         updates = engine.updates()
     else:
         updates = restore_from(Path(source), engine.pieces(), ranks, print).state["updates"]
@@ -77,18 +77,20 @@ def step_and_save(
         report=print,
     )
     # What was loaded is what the model computes with, not only what the optimizer holds.
-    loss = ranks.sum_tensor(sum((engine.eval_step(b) for b in batches(9, cell, split, ranks.rank)), torch.zeros(())))
+    loss = ranks.sum_tensor(sum((engine.eval_step(b) for b in batches(9, cell, split, ranks.at.data)), torch.zeros(())))
     if ranks.rank == 0:
         Path(target, "loss.txt").write_text(repr(float(loss)))
     ranks.close()
 
 
 @pytest.mark.parametrize(("cell_name", "chain"), [("gpt3-tied", CHAIN), ("muon", MUON_CHAIN)])
-def test_a_state_survives_every_change_of_layout(cell_name: str, chain: tuple[Layout, ...], tmp_path: Path) -> None:
+def test_a_state_survives_every_change_of_layout(
+    cell_name: str, chain: tuple[tuple[Layout, int], ...], tmp_path: Path
+) -> None:
     source = None
-    for number, (engine, stage, size) in enumerate(chain):
+    for number, (layout, size) in enumerate(chain):
         target = tmp_path / str(number)
-        processes.run(step_and_save, [cell_name, engine, stage, source, str(target)], size, tmp_path / f"work-{number}")
+        processes.run(step_and_save, [cell_name, layout, source, str(target)], size, tmp_path / f"work-{number}")
         source = str(target / "step-00000003")
     first = open_checkpoint(tmp_path / "0" / "step-00000003")
     loss = float((tmp_path / "0" / "loss.txt").read_text())

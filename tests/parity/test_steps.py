@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from tests.helpers import ranks
+from tests.parity.cells import PLAIN, Layout
 from tests.parity.steps import POISONED, SAVED, record_steps
 
-LAYOUTS = [(3, 1), (0, 2), (1, 2), (2, 2), (3, 2)]
+LAYOUTS = [(3, 1, 1), (0, 2, 1), (1, 2, 1), (2, 2, 1), (3, 2, 1), (0, 2, 2), (1, 4, 2), (3, 4, 2)]
+"""Stage, ranks, tensor parallelism."""
 
 
-def record(
-    folder: Path, engine: str, stage: int, size: int, elsewhere: Path | None, full: bool = False
-) -> dict[str, Any]:
+def record(folder: Path, layout: Layout, size: int, elsewhere: Path | None, full: bool = False) -> dict[str, Any]:
     folder.mkdir()
     saved = str(folder / "saved")
     source = None if elsewhere is None else str(elsewhere / "saved")
-    ranks.run(record_steps, [engine, stage, saved, source, full], size, folder)
+    ranks.run(record_steps, [layout, saved, source, full], size, folder)
     found = [json.loads((folder / f"steps-{rank}.json").read_text()) for rank in range(size)]
     for other in found[1:]:
         for part in ("noise", "fp16"):
@@ -37,7 +37,7 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(plain_folder: Path) -> dict[str, Any]:
-    return record(plain_folder, "plain", 0, 1, None, full=True)
+    return record(plain_folder, PLAIN, 1, None, full=True)
 
 
 def check_waits_and_skips(found: dict[str, Any], waits: int) -> None:
@@ -71,10 +71,10 @@ def test_the_plain_engine(plain: dict[str, Any]) -> None:
     check_fp16(plain["fp16"])
 
 
-@pytest.mark.parametrize(("stage", "size"), LAYOUTS)
-def test_a_stage(stage: int, size: int, plain: dict[str, Any], plain_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "size", "tensor"), LAYOUTS)
+def test_a_stage(stage: int, size: int, tensor: int, plain: dict[str, Any], plain_folder: Path, tmp_path: Path) -> None:
     full = size == 2
-    found = record(tmp_path / "found", "deepspeed", stage, size, plain_folder, full)
+    found = record(tmp_path / "found", Layout("deepspeed", stage, tensor), size, plain_folder, full)
     check_waits_and_skips(found["fused"], waits=0)
     assert found["fused"]["updates"] == [2, 3], "a skipped step is no update, the one after it is"
     if full:

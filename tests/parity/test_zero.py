@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.helpers import ranks
-from tests.parity.cells import CELLS, Cell, run_cells
+from tests.parity.cells import CELLS, PLAIN, Cell, Layout, assembled, run_cells
 
 Recorded = dict[str, npt.NDArray[Any]]
 LAYOUTS = [(stage, size) for stage in (0, 1, 2, 3) for size in (1, 2)]
@@ -21,19 +21,17 @@ LAYOUTS = [(stage, size) for stage in (0, 1, 2, 3) for size in (1, 2)]
 LOSS, GRADIENT, WEIGHT = 1e-4, 1e-5, 1e-5
 
 
-def record(folder: Path, cell: Cell, size: int) -> tuple[Recorded, list[dict[str, Any]]]:
-    """All ranks' records of a cell in one: whole flat tensors, and each rank's facts."""
-    parts: dict[str, dict[int, npt.NDArray[Any]]] = defaultdict(dict)
+def record(folder: Path, cell: Cell, size: int, alike: bool = True) -> tuple[Recorded, list[dict[str, Any]]]:
+    """All ranks' records of a cell in one: whole tensors, and each rank's facts. What several hold is `alike`."""
+    parts: dict[str, Recorded] = defaultdict(dict)
     whole: Recorded = {}
     for rank in range(size):
         with np.load(folder / f"{cell.name}-{rank}.npz") as arrays:
             for key in arrays:
-                if "@" in key:
-                    name, _, start = key.rpartition("@")
-                    parts[name][int(start)] = arrays[key]
-                elif rank == 0:
-                    whole[key] = arrays[key]
-    whole |= {name: np.concatenate([pieces[start] for start in sorted(pieces)]) for name, pieces in parts.items()}
+                name, at, place = key.partition("@")
+                known = (parts[name] if at else whole).setdefault(place or key, arrays[key])
+                assert not alike or known.tobytes() == arrays[key].tobytes(), f"rank {rank} holds another {key}"
+    whole |= {name: assembled(pieces) for name, pieces in parts.items()}
     return whole, [json.loads((folder / f"{cell.name}-{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -63,13 +61,13 @@ def worst(reference: Recorded, found: Recorded) -> dict[str, float]:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
     """The reference: one process, PyTorch alone, the whole batch of a step in four micro-batches."""
     folder = tmp_path_factory.mktemp("plain")
-    ranks.run(run_cells, ["plain", 0, 2, CELLS], 1, folder)
+    ranks.run(run_cells, [PLAIN, 2, CELLS], 1, folder)
     return {cell.name: record(folder, cell, 1)[0] for cell in CELLS}
 
 
 @pytest.mark.parametrize(("stage", "size"), LAYOUTS)
 def test_a_stage_equals_one_plain_process(stage: int, size: int, plain: dict[str, Recorded], tmp_path: Path) -> None:
-    ranks.run(run_cells, ["deepspeed", stage, 2, CELLS], size, tmp_path)
+    ranks.run(run_cells, [Layout("deepspeed", stage), 2, CELLS], size, tmp_path)
     for cell in CELLS:
         found, facts = record(tmp_path, cell, size)
         assert_layout_is_real(facts, cell, stage, size)
@@ -134,7 +132,7 @@ def test_the_comparison_notices_small_mistakes(plain: dict[str, Recorded], tmp_p
     cells = tuple(Cell(**{**vars(base), "name": name, **changes}) for name, changes in CONTROLS.items())  # type: ignore[arg-type]
     again = Cell(**{**vars(base), "name": "again"})
     bf16 = next(cell for cell in CELLS if cell.compute == "bf16")
-    ranks.run(run_cells, ["plain", 0, 4, (bf16, *cells, again)], 1, tmp_path)
+    ranks.run(run_cells, [PLAIN, 4, (bf16, *cells, again)], 1, tmp_path)
     for cell in cells:
         differences = worst(plain[base.name], record(tmp_path, cell, 1)[0])
         assert differences["loss"] > LOSS or differences["gradient"] > GRADIENT, cell.name

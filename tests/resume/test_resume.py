@@ -19,24 +19,32 @@ from gptscale.runtime.files import write_bytes_atomically
 from tests.helpers import ranks
 from tests.helpers.training import EXACT, SOME_RUNS_ONLY, exact_part, read_metrics, run_training, small_run, train
 
-LAYOUTS = [("plain", 0, 1), *(("deepspeed", stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2))]
+LAYOUTS = [
+    ("plain", 0, 1, 1),
+    *(("deepspeed", stage, ranks, 1) for stage in (0, 1, 2, 3) for ranks in (1, 2)),
+    ("deepspeed", 1, 2, 2),
+    ("deepspeed", 3, 4, 2),
+]
+"""Engine, ZeRO stage, ranks, tensor parallelism."""
 
 
-def layout(engine: str, stage: int) -> list[str]:
-    return [f"parallel.engine={engine}", f"parallel.zero_stage={stage}"]
+def layout(engine: str, stage: int, tensor: int = 1) -> list[str]:
+    return [f"parallel.engine={engine}", f"parallel.zero_stage={stage}", f"parallel.tensor={tensor}"]
 
 
-@pytest.mark.parametrize(("engine", "stage", "count"), LAYOUTS)
-def test_a_killed_run_goes_on_bit_for_bit(engine: str, stage: int, count: int, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "stage", "count", "tensor"), LAYOUTS)
+def test_a_killed_run_goes_on_bit_for_bit(
+    engine: str, stage: int, count: int, tensor: int, corpus: Path, tmp_path: Path
+) -> None:
     noise = "train.noise_scale_every_steps=2"
-    whole = [*small_run(corpus, tmp_path / "whole"), *layout(engine, stage), noise]
+    whole = [*small_run(corpus, tmp_path / "whole"), *layout(engine, stage, tensor), noise]
     run_training(whole, count, tmp_path)
     expected = exact_part(read_metrics(tmp_path / "whole"))
     assert [line["step"] for line in expected if "train/loss" in line] == list(range(1, 13))
     assert len([line for line in expected if "eval/loss" in line]) == 4
     assert [line["step"] for line in expected if "train/noise_scale_tokens" in line] == [2, 4, 6, 8, 10, 12]
 
-    killed = [*small_run(corpus, tmp_path / "killed"), *layout(engine, stage), noise]
+    killed = [*small_run(corpus, tmp_path / "killed"), *layout(engine, stage, tensor), noise]
     # Once between two checkpoints, and once while a checkpoint is being written.
     kill_when(killed, count, tmp_path, lambda folder: steps_in(folder) >= 5)
     assert steps_in(tmp_path / "killed") < 12, "the run ended before it was killed"

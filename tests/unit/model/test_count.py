@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from gptscale.config.schema import ModelConfig
+from gptscale.config.shape import feedforward_width, head_width, padded_vocab
 from gptscale.model.count import flops_per_token, matmul_parameter_count, parameter_count
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
-from gptscale.model.shape import feedforward_width, head_width, padded_vocab
 from tests.helpers.matmul_count import count_matmuls
 from tests.helpers.plain_gpt import VARIANTS
 

@@ -1,0 +1,38 @@
+"""What a rank holds of each parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from gptscale.flow import TensorShard
+from gptscale.parallel.ranks import Ranks
+from gptscale.parallel.tensor import shard_of
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter as the ranks of this one's replicas hold it between them."""
+
+    name: str
+    """Canonical."""
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    shard: TensorShard | None
+    """Which slice of it; None: all."""
+    first: bool
+    """False where tensor peers hold the same, and one of them is the one that counts and writes it."""
+
+
+Holdings = dict[int, Held]
+"""By `id` of the parameter, which DeepSpeed keeps."""
+
+
+def holdings(model: nn.Module, ranks: Ranks) -> Holdings:
+    """Asked before an engine takes the parameters, while they have their shapes."""
+    found: Holdings = {}
+    for name, parameter in model.named_parameters():
+        shape, shard = shard_of(name, parameter.shape, ranks.tensor.rank, ranks.tensor.size)
+        found[id(parameter)] = Held(name, shape, shard, first=shard is not None or ranks.tensor.rank == 0)
+    return found

@@ -1,0 +1,181 @@
+"""Tensor parallelism, applied to a model from outside: each rank of a group keeps a slice of every large matrix.
+
+As in Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3): what widens (queries, keys, values, gate, up) is cut by
+outputs, what narrows again (o, down) by inputs, so that between the two a rank works on its own heads and features
+alone. A block then has one sum over ranks behind attention and one behind the feed-forward, and in backward one in
+front of each. Embedding and head are cut by rows of the vocabulary, and the full logits exist nowhere.
+
+Norms, the biases of what narrows and learned positions are whole on every rank, and stay equal: each rank computes
+their gradients from the same numbers.
+
+Shape legend: B batch, T tokens, D width, O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptscale.flow import TensorShard
+from gptscale.model.gpt import GPT, Block
+from gptscale.model.linear import Linear, linear
+from gptscale.parallel.ranks import Group
+
+_BY_OUTPUTS = ("attention.q", "attention.k", "attention.v", "feedforward.gate", "feedforward.up")
+_BY_INPUTS = ("attention.o.weight", "feedforward.down.weight")
+
+
+def shard_dim(name: str) -> int | None:
+    """The dim along which a parameter is cut, by canonical name; None where every rank holds it whole."""
+    if name in ("embedding.weight", "head.weight") or name.rpartition(".")[0].endswith(_BY_OUTPUTS):
+        return 0
+    return 1 if name.endswith(_BY_INPUTS) else None
+
+
+def shard_of(name: str, held: torch.Size, rank: int, size: int) -> tuple[tuple[int, ...], TensorShard | None]:
+    """The whole shape of a parameter of which one of `size` ranks holds `held`, and which slice of it that is."""
+    dim = shard_dim(name)
+    if dim is None or size == 1:
+        return tuple(held), None
+    whole = tuple(length * size if number == dim else length for number, length in enumerate(held))
+    return whole, TensorShard(dim, rank * held[dim], held[dim])
+
+
+def shard_model(model: GPT, group: Group) -> None:
+    """Keep this rank's slices of a whole model, and have it work with its peers from now on.
+
+    `gptscale.config.rules` has seen to it that heads, features and rows of the vocabulary divide by the group's size.
+    """
+    if group.size == 1:
+        return
+    for name, parameter in list(model.named_parameters()):
+        dim = shard_dim(name)
+        if dim is not None:
+            owner, _, own = name.rpartition(".")
+            kept = parameter.detach().chunk(group.size, dim)[group.rank].clone()
+            setattr(model.get_submodule(owner), own, nn.Parameter(kept))
+    if model.config.tied_embeddings:
+        model.head.weight = model.embedding.weight
+    part = _Part(group, model.head.weight.shape[0])
+    model.embedding.lookup = partial(_lookup, part)
+    model.head.part = part
+    _copy_output(model.head.norm, group)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        _copy_output(block.attention_norm, group)
+        _copy_output(block.feedforward_norm, group)
+        block.attention.o = SummedLinear(block.attention.o, group)
+        block.feedforward.down = SummedLinear(block.feedforward.down, group)
+        for norm in (block.attention.q_norm, block.attention.k_norm):
+            if norm is not None:  # one weight for all heads, of which this rank sees some
+                norm.weight.register_hook(partial(_sum_of_heads, group))  # type: ignore[no-untyped-call]
+        if model.config.dropout:
+            block.attention.attend = partial(_attend_apart, block.attention.attend, group)  # type: ignore[method-assign]
+
+
+class SummedLinear(Linear):
+    """A linear layer of whose inputs each rank has a part: the products are summed, and the bias added once."""
+
+    def __init__(self, layer: Linear, group: Group) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self._group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Sum.apply(linear(x, self.weight), self._group)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Part:
+    """`gptscale.model.loss.VocabularyPart`, over a group."""
+
+    def __init__(self, group: Group, rows: int) -> None:
+        self.first = _first_row(group, rows)
+        self.group = group
+
+    def largest(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group.handle)
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        return _sum_of_parts(self.group, values)
+
+    def joined(self, logits: Tensor) -> Tensor:
+        parts = [torch.empty_like(logits) for _ in range(self.group.size)]
+        dist.all_gather(parts, logits.contiguous(), group=self.group.handle)
+        return torch.cat(parts, dim=-1)
+
+
+def _first_row(group: Group, rows: int) -> int:
+    return group.rank * rows
+
+
+class _Copy(torch.autograd.Function):
+    """What all ranks of a group use: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        # A copy: the gradient may be somebody else's too.
+        return _sum_of_parts(ctx.group, grads[0].clone(memory_format=torch.contiguous_format)), None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over a group, in place, which every rank then uses alike: each part's gradient is the sum's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.mark_dirty(x)
+        return _sum_of_parts(group, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def _sum_of_parts(group: Group, x: Tensor) -> Tensor:
+    dist.all_reduce(x, group=group.handle)
+    return x
+
+
+def _sum_of_heads(group: Group, grad_weight: Tensor) -> Tensor:
+    """The gradient of what is used in all heads, from that in this rank's."""
+    return _sum_of_parts(group, grad_weight.contiguous())
+
+
+def _copy_output(module: nn.Module, group: Group) -> None:
+    module.register_forward_hook(lambda _, inputs, output: _Copy.apply(output, group))  # type: ignore[no-untyped-call]
+
+
+def _lookup(part: _Part, ids_BT: Tensor, weight: Tensor) -> Tensor:
+    """Rows of the embedding [B, T, D], each from the rank that holds it. Exact: all others give zero."""
+    rows = weight.shape[0]
+    here_BT = ids_BT - part.first
+    elsewhere_BT = (here_BT < 0) | (here_BT >= rows)
+    x_BTD = F.embedding(here_BT.clamp(0, rows - 1), weight).masked_fill(elsewhere_BT.unsqueeze(-1), 0)
+    y_BTD: Tensor = _Sum.apply(x_BTD, part.group)  # type: ignore[no-untyped-call]
+    return y_BTD
+
+
+def _attend_apart(attend: Callable[..., Tensor], group: Group, q_BTHW: Tensor, *rest: Any) -> Tensor:
+    """Attention whose dropout is another on every rank, whose heads are others.
+
+    Everything else that is dropped is the same on all, which draw it alike. What is drawn here comes of one number from
+    the common generator, so that activation checkpointing's second forward draws the same.
+    """
+    seed = int(torch.randint(2**62, ())) + group.rank
+    devices = [q_BTHW.device] if q_BTHW.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return attend(q_BTHW, *rest)
