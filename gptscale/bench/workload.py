@@ -28,6 +28,7 @@ from gptscale.model.kernels import KernelName
 from gptscale.parallel.engine import build_engine
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Ranks
+from gptscale.parallel.spread import spread
 from gptscale.runtime.process import ProcessInfo, find_process
 from gptscale.runtime.seeds import derive_seed
 from gptscale.train.kernels import named_kernel
@@ -193,8 +194,9 @@ def engine_step(contender: Contender, process: ProcessInfo, device: torch.device
     ranks = Ranks(process, settings.parallel.engine == "deepspeed", settings.parallel.timeout_s)
     assert ranks.device == device
     model = build_ours(contender)
+    cut = spread(model, ranks, settings.parallel)
     optimizer = build_optimizer(model, settings.optimizer)
-    engine = build_engine(model, optimizer, settings, contender.split, ranks)
+    engine = build_engine(model, cut, optimizer, settings, contender.split, ranks)
     rate = settings.optimizer.learning_rate
 
     def step(microbatches: Sequence[Batch]) -> float:

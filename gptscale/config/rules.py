@@ -312,14 +312,14 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
     parallel = settings.parallel
     if parallel.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"parallel.zero_stage={parallel.zero_stage} is not known\nchoose 0, 1, 2 or 3")
-    for axis in ("pipeline", "expert"):
-        if getattr(parallel, axis) != 1:
-            raise UserError(
-                f"parallel.{axis}={getattr(parallel, axis)}: this version has data, tensor and sequence parallelism\n"
-                f"use parallel.{axis}=1 and choose parallel.zero_stage=0, 1, 2 or 3"
-            )
-    _at_least("parallel.tensor", parallel.tensor, 1)
-    _at_least("parallel.sequence", parallel.sequence, 1)
+    if parallel.expert != 1:
+        raise UserError(
+            f"parallel.expert={parallel.expert}: this version has no mixture of experts\nuse parallel.expert=1"
+        )
+    for axis in ("pipeline", "tensor", "sequence"):
+        _at_least(f"parallel.{axis}", getattr(parallel, axis), 1)
+    if parallel.pipeline > 1 or parallel.pipeline_layers is not None:
+        _check_pipeline(settings)
     if parallel.tensor > 1:
         _check_tensor(settings)
     if parallel.sequence > 1:
@@ -329,6 +329,38 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
             f"parallel.engine=plain is one process, but the run has {world_size} ranks\n"
             "use launch.ranks=1 or parallel.engine=deepspeed"
         )
+
+
+def _check_pipeline(settings: TrainRoot) -> None:
+    model, parallel = settings.model, settings.parallel
+    if parallel.pipeline_layers is not None:
+        stages, layers = len(parallel.pipeline_layers), sum(parallel.pipeline_layers)
+        if stages != parallel.pipeline or layers != model.layers or min(parallel.pipeline_layers, default=0) < 1:
+            shown = ",".join(map(str, parallel.pipeline_layers))
+            raise UserError(
+                f"parallel.pipeline_layers=[{shown}] is not model.layers={model.layers} in parallel.pipeline="
+                f"{parallel.pipeline} parts of one layer or more\nset it to null, and the stages are balanced"
+            )
+    if parallel.pipeline == 1:
+        return
+    if parallel.pipeline > model.layers:
+        raise UserError(
+            f"parallel.pipeline={parallel.pipeline} stages need a layer each, and model.layers={model.layers}\n"
+            f"use parallel.pipeline={model.layers} or fewer"
+        )
+    if parallel.zero_stage != 1:
+        raise UserError(
+            f"parallel.zero_stage={parallel.zero_stage} does not go with parallel.pipeline={parallel.pipeline}: "
+            "gradients stay until all micro-batches are through\nuse parallel.zero_stage=1"
+        )
+    if parallel.sequence > 1:
+        raise UserError(
+            f"parallel.sequence={parallel.sequence} does not go with parallel.pipeline={parallel.pipeline}\n"
+            "use parallel.sequence=1, or parallel.pipeline=1"
+        )
+    _check_cut(settings, "pipeline")
+    _refuse_muon(settings, "pipeline")
+    _refuse_noise(settings, "pipeline")
 
 
 def _check_tensor(settings: TrainRoot) -> None:
@@ -346,11 +378,7 @@ def _check_tensor(settings: TrainRoot) -> None:
                 f"use parallel.tensor={_nearest_divisor(count, size)}, or a {key} that is a multiple of {size}"
             )
     _check_cut(settings, "tensor")
-    if settings.optimizer.name == "muon":
-        raise UserError(
-            f"optimizer.name=muon works on whole matrices, of which parallel.tensor={size} leaves a rank slices\n"
-            "use parallel.tensor=1, or optimizer=adamw"
-        )
+    _refuse_muon(settings, "tensor")
 
 
 def _check_sequence(settings: TrainRoot) -> None:
@@ -372,10 +400,24 @@ def _check_sequence(settings: TrainRoot) -> None:
                 f"use a multiple of {parallel.sequence} tokens"
             )
     _check_cut(settings, "sequence")
+    _refuse_noise(settings, "sequence")
+
+
+def _refuse_muon(settings: TrainRoot, axis: str) -> None:
+    if settings.optimizer.name == "muon":
+        raise UserError(
+            "optimizer.name=muon works on whole matrices, and all of them: "
+            f"parallel.{axis}={getattr(settings.parallel, axis)} leaves a rank parts\n"
+            f"use parallel.{axis}=1, or optimizer=adamw"
+        )
+
+
+def _refuse_noise(settings: TrainRoot, axis: str) -> None:
     if settings.train.noise_scale_every_steps:
         raise UserError(
-            f"train.noise_scale_every_steps compares micro-batches, of which parallel.sequence={parallel.sequence} "
-            "leaves a rank parts\nset it to 0, or parallel.sequence=1"
+            "train.noise_scale_every_steps compares gradients of whole micro-batches, of which "
+            f"parallel.{axis}={getattr(settings.parallel, axis)} leaves a rank parts\n"
+            f"set it to 0, or parallel.{axis}=1"
         )
 
 

@@ -218,6 +218,8 @@ class ParallelConfig:
     """`plain`: one process and nothing else, the reference that every layout is compared with."""
     zero_stage: int = 1
     pipeline: int = 1
+    pipeline_layers: tuple[int, ...] | None = None
+    """Layers of each stage of the pipeline, in order. Default: so that stages have about as many parameters."""
     tensor: int = 1
     sequence: int = 1
     expert: int = 1

@@ -194,18 +194,23 @@ class GPT(nn.Module):
         """
         if targets_BT is None:
             return self.logits(inputs_BT, last_B=last_B)
-        (_, embedding), *blocks, (_, head) = self.sequence()
+        x_BTD = self.embedding(inputs_BT, None if documents is None else documents.positions)
+        x_BTD = self.through(range(len(self.blocks)), x_BTD, documents)
+        loss: Tensor = self.head(x_BTD, targets_BT, loss_gain)
+        return loss
+
+    def through(self, blocks: range, x_BTD: Tensor, documents: Documents | None = None) -> Tensor:
+        """What these blocks make of the residual stream."""
         within = {} if documents is None else {"documents": documents}
-        x_BTD = embedding(inputs_BT, None if documents is None else documents.positions)
-        for _, block in blocks:
+        for number in blocks:
+            block = self.blocks[number]
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
                 random = self.config.dropout > 0
                 again = partial(block, **within)
                 x_BTD = checkpoint(again, x_BTD, use_reentrant=False, preserve_rng_state=random)
             else:
                 x_BTD = block(x_BTD, **within)
-        loss: Tensor = head(x_BTD, targets_BT, loss_gain)
-        return loss
+        return x_BTD
 
     def logits(self, inputs_BT: Tensor, cache: Cache | None = None, last_B: Tensor | None = None) -> Tensor:
         """fp32 logits [B, T, V] over the real vocabulary, for generation.

@@ -15,6 +15,12 @@ LARGEST_BUCKET = 200_000_000
 """Elements a communication bucket holds at most; more does not make a ring faster, and the buffer is memory."""
 
 
+def pipeline_config(split: BatchSplit, replicas: int, clip_norm: float, parameters: int) -> dict[str, Any]:
+    """Config of ZeRO-1 within the stages of a pipeline, which exchange whole activations."""
+    exchange = {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0}
+    return zero_config(1, split, replicas, clip_norm, parameters) | {"pipeline": exchange}
+
+
 def zero_config(stage: int, split: BatchSplit, replicas: int, clip_norm: float, parameters: int) -> dict[str, Any]:
     """Config of a ZeRO stage over an fp32 model with a client optimizer.
 

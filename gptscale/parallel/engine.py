@@ -9,7 +9,9 @@ import torch
 
 from gptscale.config.schema import TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
+from gptscale.model.gpt import GPT
 from gptscale.parallel.ranks import Ranks
+from gptscale.parallel.stages import Cut
 from gptscale.topology import BatchSplit
 
 
@@ -58,14 +60,21 @@ class Engine(Protocol):
 
 
 def build_engine(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: TrainRoot, split: BatchSplit, ranks: Ranks
+    model: GPT, cut: Cut, optimizer: torch.optim.Optimizer, settings: TrainRoot, split: BatchSplit, ranks: Ranks
 ) -> Engine:
-    """The engine that the settings ask for. `model` has its canonical parameter names and its initial weights."""
+    """The engine that the settings ask for.
+
+    `model` and `cut` are what `spread` left and returned: parameters have their canonical names and initial weights.
+    """
     model.to(ranks.device)
     if settings.parallel.engine == "plain":
         from gptscale.parallel.plain import PlainEngine
 
         return PlainEngine(model, optimizer, settings)
+    if ranks.pipeline.size > 1:
+        from gptscale.parallel.pipeline import PipelineEngine
+
+        return PipelineEngine(model, cut, optimizer, settings, split, ranks)
     from gptscale.parallel.zero import ZeroEngine
 
     return ZeroEngine(model, optimizer, settings, split, ranks)

@@ -104,11 +104,19 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
                 empty = flat.new_zeros(int(self.partition_size[group])) if group not in self._partition_sums else None
                 self._publish(group, self._partition_sums.pop(group) if empty is None else empty)
 
-    def get_grad_norm_direct(self, gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
-        """L2 norm over all ranks."""
-        total = _sum_of_squares(_counted(gradients, params, self.not_first), self.device)
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """L2 norm over all groups and ranks; infinite where it is not finite.
+
+        Stages of a pipeline may differ in their groups, so it is summed up once for all.
+        """
+        squares = [
+            _sum_of_squares(_counted(self.averaged_gradients[group], parameters, self.not_first), self.device)
+            for group, parameters in enumerate(self.params_in_partition)
+        ]
+        total = torch.stack(squares).sum()
         _add_up(total, self.dp_process_group, self.peers)
-        return _masked_norm(total)
+        norm = total.sqrt()
+        return norm.masked_fill(~norm.isfinite(), torch.inf)
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
         _clip(self.optimizer, grad_groups_flat, total_norm, self.clip_grad, self.loss_scale)

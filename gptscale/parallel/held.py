@@ -22,7 +22,7 @@ class Held:
     shard: TensorShard | None
     """Which slice of it; None: all."""
     first: bool
-    """False where tensor peers hold the same, and one of them is the one that counts and writes it."""
+    """False where tensor peers, or another stage, hold the same, and one of them is who counts and writes it."""
 
 
 Holdings = dict[int, Held]
@@ -34,5 +34,7 @@ def holdings(model: nn.Module, ranks: Ranks) -> Holdings:
     found: Holdings = {}
     for name, parameter in model.named_parameters():
         shape, shard = shard_of(name, parameter.shape, ranks.tensor.rank, ranks.tensor.size)
-        found[id(parameter)] = Held(name, shape, shard, first=shard is not None or ranks.tensor.rank == 0)
+        copied = shard is None and ranks.tensor.rank > 0
+        tied_again = name == "embedding.weight" and ranks.at.pipeline > 0
+        found[id(parameter)] = Held(name, shape, shard, first=not copied and not tied_again)
     return found

@@ -59,6 +59,10 @@ class Ranks:
         """The ranks that share every product of this one's."""
         self.sequence = self._group(lambda at: (at.pipeline, at.data, at.tensor), timeout_s)
         """The ranks that share this one's rows."""
+        self.pipeline = self._group(lambda at: (at.data, at.sequence, at.tensor), timeout_s)
+        """The stages before and after this one."""
+        self.model = self._group(lambda at: (at.data, at.sequence), timeout_s)
+        """The ranks that hold the parts of one copy of the model."""
 
     def _group(self, key: Callable[[Coordinates], Hashable], timeout_s: float) -> Group:
         """This rank's group, where those of equal keys are one. A collective: all groups are made on all ranks."""

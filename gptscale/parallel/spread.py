@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from gptscale.config.schema import ParallelConfig
 from gptscale.model.gpt import GPT
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.sequence import split_sequences
+from gptscale.parallel.stages import Cut, balanced, cuts, keep, parameter_weights
 from gptscale.parallel.tensor import shard_model
 
 
-def spread(model: GPT, ranks: Ranks) -> None:
-    """Apply what the ranks' coordinates ask for, before an optimizer is made of what is left of the model."""
+def spread(model: GPT, ranks: Ranks, parallel: ParallelConfig) -> Cut:
+    """Apply what the ranks' coordinates ask for, before an optimizer is made of what is left of the model.
+
+    Returns which part of the sequence that is.
+    """
+    blocks = parallel.pipeline_layers or balanced(parameter_weights(model), ranks.pipeline.size)
+    cut = cuts(blocks)[ranks.pipeline.rank]
     shard_model(model, ranks.tensor)
     split_sequences(model, ranks.sequence)
+    if ranks.pipeline.size > 1:
+        keep(model, cut)
+    return cut

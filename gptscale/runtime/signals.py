@@ -49,6 +49,7 @@ class SignalSocket:
         """Put the former handlers back and let a waiting `receive` return; once more does nothing."""
         if self in _open_sockets:
             self._restore(self._previous_wakeup)
+            self._writer.shutdown(socket.SHUT_WR)  # closing alone is not seen while a forked child has it open
             self._writer.close()
 
     def close(self) -> None:

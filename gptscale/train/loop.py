@@ -113,8 +113,8 @@ def train_in(
         all_or_none(ranks, lambda: check_compiler(ranks.device), "trying the compiler")
         LOG.info("blocks are compiled in the first step, which takes longer")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    spread(model, ranks)
-    engine = build_engine(model, build_optimizer(model, settings.optimizer), settings, split, ranks)
+    cut = spread(model, ranks, settings.parallel)
+    engine = build_engine(model, cut, build_optimizer(model, settings.optimizer), settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)
     memory.engine = engine
     total_steps = run_steps(settings)
@@ -218,8 +218,9 @@ def one_step(session: Session, feed: Iterator[StepData], stop: StopRequest) -> b
     tokens = samples * session.plan.row_length(progress.position.samples)
     after, peak = progress.tokens + tokens, settings.optimizer.learning_rate
     rate = learning_rate(after, settings.schedule, peak, session.schedule_tokens)
-    # Dropout is a function of seed, step and replica, so a resumed run needs no generator's state.
-    torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, ranks.replicas.rank))
+    # Dropout is a function of seed, step and place, so a resumed run needs no generator's state.
+    place = ranks.at.pipeline * ranks.replicas.size + ranks.replicas.rank
+    torch.manual_seed(derive_seed(settings.run.seed, "step", progress.step, place))
     measure_noise = due(progress.step + 1, settings.train.noise_scale_every_steps)
     with span(TRAIN):
         result = session.engine.train_step(data.microbatches, rate, measure_noise)

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +29,10 @@ from gptscale.config.schema import (
 from gptscale.data.rows import document_starts
 from gptscale.flow import Batch, Piece
 from gptscale.model.compiling import compile_blocks
-from gptscale.model.gpt import GPT
+from gptscale.model.gpt import GPT, Block
 from gptscale.model.init import initialise
 from gptscale.parallel.engine import Engine, build_engine
+from gptscale.parallel.held import holdings
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.spread import spread
 from gptscale.runtime.process import find_process
@@ -63,6 +65,7 @@ class Cell:
     """Activation checkpointing of every block on the layout under test; the plain reference keeps its activations."""
     compiled: bool = False
     """Blocks by `torch.compile`."""
+    layers: int = 2
     extras: bool = False
     """Norms of queries and keys, a soft cap, a z-loss, a scaled embedding."""
     dropout: float = 0.0
@@ -83,6 +86,11 @@ CELLS = (
     Cell("documents", "gpt3", True, "fp32", documents=True, windows=True, recompute=True),
     Cell("extras", "modern", False, "fp32", documents=True, windows=True, extras=True),
 )
+DEEP = (
+    Cell("deep-tied", "gpt3", True, "fp32", documents=True, windows=True, layers=4),
+    Cell("deep-untied", "modern", False, "fp32", poisoned=3, layers=4),
+)
+"""For pipelines of more stages."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,13 @@ class Layout:
     stage: int = 0
     tensor: int = 1
     sequence: int = 1
+    pipeline: int = 1
 
     @property
     def config(self) -> ParallelConfig:
-        return ParallelConfig(self.engine, self.stage, tensor=self.tensor, sequence=self.sequence)
+        return ParallelConfig(
+            self.engine, self.stage, pipeline=self.pipeline, tensor=self.tensor, sequence=self.sequence
+        )
 
 
 PLAIN = Layout("plain")
@@ -105,10 +116,10 @@ PLAIN = Layout("plain")
 def settings(cell: Cell, layout: Layout, micro_batch: int) -> TrainRoot:
     # init_std 0.2: weights large enough that a wrong mask or a missing scale shows. The embedding is above DeepSpeed's
     # threshold (100,000 elements) below which stage 3 keeps a parameter whole.
-    model = ModelConfig(layers=2, width=64, heads=4, init_std=0.2, tied_embeddings=cell.tied)
+    model = ModelConfig(layers=cell.layers, width=64, heads=4, init_std=0.2, tied_embeddings=cell.tied)
     if cell.block == "modern":
         model = ModelConfig(
-            layers=2,
+            layers=cell.layers,
             width=64,
             heads=4,
             kv_heads=2,
@@ -166,13 +177,14 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         compile_blocks(model)
     split = check(root, ranks.size)
     parameters = sum(p.numel() for p in model.parameters())
-    spread(model, ranks)
-    engine = build_engine(model, build_optimizer(model, root.optimizer), root, split, ranks)
+    cut = spread(model, ranks, root.parallel)
+    here = sum(prod(held.shape) for held in holdings(model, ranks).values())
+    engine = build_engine(model, cut, build_optimizer(model, root.optimizer), root, split, ranks)
     recorded: dict[str, npt.NDArray[Any]] = {f"initial:{name}": x for name, x in gathered(engine, "weight").items()}
     losses, norms, heldout = [], [], []
     for step in range(STEPS):
         microbatches = batches(step, cell, split, ranks.at.data)
-        torch.manual_seed(1000 * step + ranks.replicas.rank)
+        torch.manual_seed(1000 * step + ranks.at.pipeline * 100 + ranks.replicas.rank)
         if step == cell.poisoned:
             with poison(model):
                 result = engine.train_step(microbatches, cell.learning_rate)
@@ -195,10 +207,12 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         "stage": None if inner is None else inner.zero_optimization_stage(),
         "updates": engine.updates(),
         "parameters": parameters,
+        "stage_parameters": here,
         "written": sum(piece.values.numel() for piece in pieces if piece.writes and piece.kind == "weight"),
         "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind in FIRST_MOMENTS),
         "graphs": counters["stats"]["unique_graphs"] if cell.compiled else 0,
         "weights_held": sum(getattr(p, "ds_tensor", p.data).numel() for p in model.parameters()),
+        "blocks_held": sum(isinstance(block, Block) for block in model.blocks),
     }
     return recorded, facts
 
@@ -256,6 +270,7 @@ class poison:  # noqa: N801 (reads as a verb where it is used)
     """Makes the embedding's output infinite, and so every gradient not finite, for one step."""
 
     def __init__(self, model: GPT) -> None:
+        # A later stage of a pipeline has the module too, and never calls it.
         self._handle = model.embedding.register_forward_hook(lambda module, inputs, output: output * float("inf"))
 
     def __enter__(self) -> None:

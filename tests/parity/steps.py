@@ -60,8 +60,8 @@ class Bench:
     def build(self, root: TrainRoot, seed: int = 0) -> tuple[GPT, Engine]:
         model = GPT(root.model, VOCABULARY, LENGTH, COMPUTE_TYPES[root.precision.compute])
         initialise(model, seed)
-        spread(model, self.ranks)
-        return model, build_engine(model, build_optimizer(model, root.optimizer), root, self.split, self.ranks)
+        cut = spread(model, self.ranks, root.parallel)
+        return model, build_engine(model, cut, build_optimizer(model, root.optimizer), root, self.split, self.ranks)
 
     def step(self, engine: Engine, number: int, noise: bool = False) -> StepResult:
         return engine.train_step(batches(number, CELL, self.split, self.ranks.at.data), CELL.learning_rate, noise)

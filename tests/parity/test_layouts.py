@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from gptscale.config.schema import ModelConfig
+from gptscale.config.schema import ModelConfig, ParallelConfig
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
-from gptscale.parallel.tensor import shard_model
+from gptscale.parallel.spread import spread
 from tests.helpers import ranks
-from tests.parity.cells import CELLS, PLAIN, Cell, Layout, join, run_cells
+from tests.parity.cells import CELLS, DEEP, PLAIN, Cell, Layout, join, run_cells
 from tests.parity.test_zero import Recorded, assert_equal_in_fp32, initial_weights_are_equal, record, worst
 
 
@@ -28,6 +28,10 @@ class Case:
 
 
 CASES = (
+    Case("PP2", Layout("deepspeed", 1, pipeline=2), 2),
+    Case("PP2 x DP2", Layout("deepspeed", 1, pipeline=2), 4),
+    Case("PP4", Layout("deepspeed", 1, pipeline=4), 4),
+    Case("TP2 x PP2", Layout("deepspeed", 1, pipeline=2, tensor=2), 4),
     *(Case(f"TP2, ZeRO-{stage}", Layout("deepspeed", stage, tensor=2), 2) for stage in range(4)),
     *(Case(f"TP2 x DP2, ZeRO-{stage}", Layout("deepspeed", stage, tensor=2), 4) for stage in (1, 3)),
     Case("TP4, ZeRO-1", Layout("deepspeed", 1, tensor=4), 4),
@@ -38,8 +42,10 @@ CASES = (
 
 
 def fits(cell: Cell, layout: Layout) -> bool:
-    """What `gptscale.config.rules` lets through."""
-    if layout.tensor > 1 and cell.optimizer == "muon":
+    """What `gptscale.config.rules` lets through, and is worth the time."""
+    if (cell.layers > 2) != (layout.pipeline > 2):
+        return False
+    if layout.tensor * layout.pipeline > 1 and cell.optimizer == "muon":
         return False
     # The modern block has two key/value heads.
     return layout.tensor * layout.sequence <= 2 or cell.block == "gpt3"
@@ -48,19 +54,19 @@ def fits(cell: Cell, layout: Layout) -> bool:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
     folder = tmp_path_factory.mktemp("plain")
-    ranks.run(run_cells, [PLAIN, 2, CELLS], 1, folder)
-    return {cell.name: record(folder, cell, 1)[0] for cell in CELLS}
+    ranks.run(run_cells, [PLAIN, 2, CELLS + DEEP], 1, folder)
+    return {cell.name: record(folder, cell, 1)[0] for cell in CELLS + DEEP}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_layout_equals_one_plain_process(case: Case, plain: dict[str, Recorded], tmp_path: Path) -> None:
-    cells = tuple(cell for cell in CELLS if fits(cell, case.layout))
+    cells = tuple(cell for cell in CELLS + DEEP if fits(cell, case.layout))
     ranks.run(run_cells, [case.layout, 2, cells], case.size, tmp_path)
     for cell in cells:
         found, facts = record(tmp_path, cell, case.size)
         differences = worst(plain[cell.name], found)
         print(case.name, cell.name, {key: f"{value:.1e}" for key, value in differences.items()})
-        assert_layout_is_real(facts, case)
+        assert_layout_is_real(facts, cell, case)
         assert initial_weights_are_equal(plain[cell.name], found)
         if cell.compute == "fp32":
             assert_equal_in_fp32(differences)
@@ -84,17 +90,21 @@ def assert_as_exact(found: Recorded, plain_bf16: Recorded, plain_fp32: Recorded)
             assert 0 < ours <= 1.5 * theirs, key
 
 
-def assert_layout_is_real(facts: list[dict[str, Any]], case: Case) -> None:
+def assert_layout_is_real(facts: list[dict[str, Any]], cell: Cell, case: Case) -> None:
     """Each rank holds its share: all but norms, biases and positions is cut by tensor parallelism."""
-    stage, tensor = case.layout.stage, case.layout.tensor
-    replicas = case.size // tensor
+    layout, stage = case.layout, case.layout.stage
+    replicas = case.size // layout.tensor // layout.pipeline
     for fact in facts:
-        assert fact["engine"] == "ZeroEngine"
+        assert fact["engine"] == ("PipelineEngine" if layout.pipeline > 1 else "ZeroEngine")
         assert fact["stage"] == stage
-        share = fact["parameters"] / tensor
-        assert fact["weights_held"] == pytest.approx(share / (replicas if stage == 3 else 1), rel=0.05)
-        assert fact["moments_held"] == pytest.approx(share / (replicas if stage > 0 else 1), rel=0.05)
+        assert fact["blocks_held"] == cell.layers // layout.pipeline
+        here = fact["stage_parameters"] / layout.tensor
+        assert fact["weights_held"] == pytest.approx(here / (replicas if stage == 3 else 1), rel=0.05)
+        assert fact["moments_held"] == pytest.approx(here / (replicas if stage > 0 else 1), rel=0.05)
     assert sum(fact["written"] for fact in facts) == facts[0]["parameters"]
+    stages = [facts[number]["stage_parameters"] for number in range(0, case.size, case.size // layout.pipeline)]
+    vocabulary = 2048 * 64
+    assert sum(stages) == facts[0]["parameters"] + (vocabulary if layout.pipeline > 1 and cell.tied else 0)
 
 
 def test_dropout_is_drawn_alike_but_not_in_attention(tmp_path: Path) -> None:
@@ -119,7 +129,7 @@ def dropped_heads() -> None:
     joined = join(Layout("deepspeed", 0, tensor=2))
     model = GPT(ModelConfig(layers=1, width=16, heads=4, dropout=0.5), 100, 8, torch.float32)
     initialise(model, 0)
-    shard_model(model, joined.tensor)
+    spread(model, joined, ParallelConfig())
     torch.manual_seed(0)
     q_BTHW, ones_BTHW = torch.zeros(1, 8, 2, 4), torch.ones(1, 8, 2, 4)
     np.save(f"{joined.rank}.npy", model.blocks[0].attention.attend(q_BTHW, q_BTHW, ones_BTHW).detach().numpy())

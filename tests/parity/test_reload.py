@@ -55,9 +55,9 @@ def step_and_save(cell_name: str, layout: Layout, source: str | None, target: st
     root, ranks = settings(cell, layout, 2), join(layout)
     model = GPT(root.model, VOCABULARY, LENGTH, torch.float32)
     initialise(model, 0 if source is None else 17)
-    spread(model, ranks)
+    cut = spread(model, ranks, root.parallel)
     split = split_batch(GLOBAL_BATCH, 2, ranks.topology.data)
-    engine = build_engine(model, build_optimizer(model, root.optimizer), root, split, ranks)
+    engine = build_engine(model, cut, build_optimizer(model, root.optimizer), root, split, ranks)
     if source is None:
         for step in range(3):
             engine.train_step(batches(step, cell, split, ranks.at.data), cell.learning_rate)

@@ -84,10 +84,17 @@ with StopRequest() as stop:
     _, status = os.waitpid(child, 0)
     time.sleep(0.1)
     print(os.waitstatus_to_exitcode(status), stop.requested)
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+# Handlers were put back, though the child lives and has copies of all descriptors.
+os.kill(child, signal.SIGKILL)
+print("restored", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
 def test_a_forked_child_neither_sets_its_parents_flag_nor_survives_the_signal() -> None:
     # In a process of its own: one that has run other tests has threads, and a fork may take their locks along, held.
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=90)
-    assert (done.stdout, done.stderr) == (f"{-signal.SIGTERM} False\n", "")
+    assert (done.stdout, done.stderr) == (f"{-signal.SIGTERM} False\nrestored {-signal.SIGKILL}\n", "")
