@@ -180,7 +180,7 @@ class PipelineEngine:
     def eval_step(self, batch: Batch) -> Tensor:
         """The mean over replicas, of which each gives its own: summed over them, it is what they have together."""
         loss: Tensor = self._engine.eval_batch(self._feed([batch]), num_micro_batches=1)
-        return loss
+        return loss.view(())  # one number, of which DeepSpeed makes a vector on some stages
 
     @torch.no_grad()
     def next_logits(self, inputs_BT: Tensor, last_B: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptscale.checkpoint.agreement import all_or_none, tell_number
 from gptscale.config.schema import TrainRoot
-from gptscale.config.shape import head_width, kv_heads
+from gptscale.config.shape import head_width, kv_heads, window_of_layer
 from gptscale.config.stages import longest_sequence
 from gptscale.model.attention import Attention, LayerKind
 from gptscale.model.gpt import GPT
@@ -83,9 +83,15 @@ def choose_kernels(
 
 
 def layer_cases(model: GPT, settings: TrainRoot, device: torch.device) -> dict[LayerKind, Case]:
-    """What each kind of layer asks of a kernel in this run."""
-    windows = {module.kind: module.window for module in model.modules() if isinstance(module, Attention)}
+    """What each kind of layer asks of a kernel in this run: of all layers, whichever stage of a pipeline has them."""
     tokens, config = longest_sequence(settings.data), settings.model
+    windows: dict[LayerKind, int | None] = {}
+    if config.block == "gpt":
+        for layer in range(config.layers):
+            window = window_of_layer(config, layer)
+            windows["full" if window is None else "window"] = window
+    else:
+        windows |= {module.kind: module.window for module in model.modules() if isinstance(module, Attention)}
     return {
         kind: Case(
             device=device,

@@ -55,6 +55,7 @@ class Bench:
     def __init__(self, layout: Layout) -> None:
         self.ranks = join(layout)
         self.settings = settings(CELL, layout, 2)
+        self.measures_noise = layout.sequence == layout.pipeline == 1
         self.split = split_batch(GLOBAL_BATCH, 2, self.ranks.topology.data)
 
     def build(self, root: TrainRoot, seed: int = 0) -> tuple[GPT, Engine]:
@@ -72,7 +73,8 @@ def record_steps(layout: Layout, folder: str, elsewhere: str | None, full: bool)
     bench = Bench(layout)
     fused = replace(bench.settings, precision=PrecisionConfig())
     slow = replace(fused, optimizer=replace(fused.optimizer, name="unfused"))
-    found: dict[str, Any] = {"fused": waits_and_skips(bench, fused), "noise": noise(bench, fused)}
+    found: dict[str, Any] = {"fused": waits_and_skips(bench, fused)}
+    found["noise"] = noise(bench, fused) if bench.measures_noise else None
     if full:
         found["unfused"] = waits_and_skips(bench, slow)
     if layout.engine == "deepspeed":
@@ -126,11 +128,11 @@ def waits_and_skips(bench: Bench, root: TrainRoot) -> dict[str, Any]:
     }
 
 
-def noise(bench: Bench, root: TrainRoot) -> list[tuple[float, float]]:
+def noise(bench: Bench, root: TrainRoot) -> list[tuple[float, ...]]:
     _, engine = bench.build(root)
     results = [bench.step(engine, number, noise=True) for number in range(3)]
     assert bench.step(engine, 3).noise_signal is None
-    return [values(result) for result in results]
+    return [noise_of(result) for result in results]
 
 
 def scaled(bench: Bench, root: TrainRoot, folder: Path, elsewhere: str | None) -> dict[str, Any]:
@@ -168,17 +170,18 @@ def run(bench: Bench, model: GPT, engine: Engine, start: int, end: int) -> list[
     for number in range(start, end):
         if number == POISONED:
             with poison(model):
-                result = bench.step(engine, number, noise=True)
+                result = bench.step(engine, number, bench.measures_noise)
         else:
-            result = bench.step(engine, number, noise=True)
+            result = bench.step(engine, number, bench.measures_noise)
         assert result.loss_scale is not None
-        made.append((float(result.loss), float(result.grad_norm), result.loss_scale, *values(result)))
+        made.append((float(result.loss), float(result.grad_norm), result.loss_scale, *noise_of(result)))
     return made
 
 
-def values(result: StepResult) -> tuple[float, float]:
-    assert result.noise_signal is not None
-    assert result.noise_trace is not None
+def noise_of(result: StepResult) -> tuple[float, ...]:
+    """Signal and trace, where they were asked for."""
+    if result.noise_signal is None or result.noise_trace is None:
+        return ()
     return float(result.noise_signal), float(result.noise_trace)
 
 

@@ -31,6 +31,8 @@ CHAIN: Chain = (
     (Layout("deepspeed", 0, tensor=2), 4),
     (ZERO_2, 2),
     (Layout("deepspeed", 1, tensor=4), 4),
+    (Layout("deepspeed", 1, pipeline=2), 4),
+    (Layout("deepspeed", 1, pipeline=2, tensor=2), 4),
     (Layout("deepspeed", 2, tensor=2), 2),
     (ZERO_3, 1),
     (PLAIN, 1),

@@ -13,8 +13,13 @@ from tests.helpers import ranks
 from tests.parity.cells import PLAIN, Layout
 from tests.parity.steps import POISONED, SAVED, record_steps
 
-LAYOUTS = [(3, 1, 1), (0, 2, 1), (1, 2, 1), (2, 2, 1), (3, 2, 1), (0, 2, 2), (1, 4, 2), (3, 4, 2)]
-"""Stage, ranks, tensor parallelism."""
+LAYOUTS = [
+    *((Layout("deepspeed", stage), ranks) for stage, ranks in ((3, 1), (0, 2), (1, 2), (2, 2), (3, 2))),
+    *((Layout("deepspeed", stage, tensor=2), ranks) for stage, ranks in ((0, 2), (1, 4), (3, 4))),
+    (Layout("deepspeed", 1, sequence=2), 2),
+    (Layout("deepspeed", 1, pipeline=2), 2),
+    (Layout("deepspeed", 1, pipeline=2, tensor=2), 4),
+]
 
 
 def record(folder: Path, layout: Layout, size: int, elsewhere: Path | None, full: bool = False) -> dict[str, Any]:
@@ -71,10 +76,10 @@ def test_the_plain_engine(plain: dict[str, Any]) -> None:
     check_fp16(plain["fp16"])
 
 
-@pytest.mark.parametrize(("stage", "size", "tensor"), LAYOUTS)
-def test_a_stage(stage: int, size: int, tensor: int, plain: dict[str, Any], plain_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_a_layout(layout: Layout, size: int, plain: dict[str, Any], plain_folder: Path, tmp_path: Path) -> None:
     full = size == 2
-    found = record(tmp_path / "found", Layout("deepspeed", stage, tensor), size, plain_folder, full)
+    found = record(tmp_path / "found", layout, size, plain_folder, full)
     check_waits_and_skips(found["fused"], waits=0)
     assert found["fused"]["updates"] == [2, 3], "a skipped step is no update, the one after it is"
     if full:
@@ -82,10 +87,14 @@ def test_a_stage(stage: int, size: int, tensor: int, plain: dict[str, Any], plai
     check_fp16(found["fp16"])
     assert found["rules"] == 200 * 60, "our rule for the scale is DeepSpeed's"
     # The signal is what is left of a squared norm of about 9 when most of it is noise: 1e-5 of the norm, no better.
-    np.testing.assert_allclose(found["noise"], plain["noise"], rtol=1e-5, atol=1e-4)
+    measures_noise = found["noise"] is not None
+    assert measures_noise == (layout.sequence == layout.pipeline == 1)
+    if measures_noise:
+        np.testing.assert_allclose(found["noise"], plain["noise"], rtol=1e-5, atol=1e-4)
     expected = np.array(plain["fp16"]["steps"], dtype=float)
     for made, reference in ((found["fp16"]["steps"], expected), (found["fp16"]["moved"], expected[SAVED:])):
         made = np.array(made, dtype=float)
+        reference = reference[:, : made.shape[1]]
         assert (np.isfinite(made) == np.isfinite(reference)).all()
         finite = np.isfinite(reference).all(axis=1)
         print("fp16, largest differences:", np.abs(made[finite] - reference[finite]).max(axis=0))
@@ -94,4 +103,5 @@ def test_a_stage(stage: int, size: int, tensor: int, plain: dict[str, Any], plai
         np.testing.assert_allclose(made[finite, :2], reference[finite, :2], rtol=1e-3)
         # Noise is made of squares of norms, some 9 here, and the signal is a small difference of two: 2 · 2⁻¹¹ of 9 is
         # 9e-3. Of the trace 5e-4 was seen, and machines differ.
-        np.testing.assert_allclose(made[finite, 3:], reference[finite, 3:], rtol=5e-3, atol=2e-2)
+        if measures_noise:
+            np.testing.assert_allclose(made[finite, 3:], reference[finite, 3:], rtol=5e-3, atol=2e-2)

@@ -20,31 +20,36 @@ from tests.helpers import ranks
 from tests.helpers.training import EXACT, SOME_RUNS_ONLY, exact_part, read_metrics, run_training, small_run, train
 
 LAYOUTS = [
-    ("plain", 0, 1, 1),
-    *(("deepspeed", stage, ranks, 1) for stage in (0, 1, 2, 3) for ranks in (1, 2)),
-    ("deepspeed", 1, 2, 2),
-    ("deepspeed", 3, 4, 2),
+    ("plain", 0, 1, ""),
+    *(("deepspeed", stage, ranks, "") for stage in (0, 1, 2, 3) for ranks in (1, 2)),
+    ("deepspeed", 1, 2, "tensor"),
+    ("deepspeed", 3, 4, "tensor"),
+    ("deepspeed", 2, 4, "sequence"),
+    ("deepspeed", 1, 2, "pipeline"),
 ]
-"""Engine, ZeRO stage, ranks, tensor parallelism."""
+"""Engine, ZeRO stage, ranks, and which axis is 2."""
 
 
-def layout(engine: str, stage: int, tensor: int = 1) -> list[str]:
-    return [f"parallel.engine={engine}", f"parallel.zero_stage={stage}", f"parallel.tensor={tensor}"]
+def layout(engine: str, stage: int, axis: str = "") -> list[str]:
+    found = [f"parallel.engine={engine}", f"parallel.zero_stage={stage}"]
+    return [*found, f"parallel.{axis}=2"] if axis else found
 
 
-@pytest.mark.parametrize(("engine", "stage", "count", "tensor"), LAYOUTS)
+@pytest.mark.parametrize(("engine", "stage", "count", "axis"), LAYOUTS)
 def test_a_killed_run_goes_on_bit_for_bit(
-    engine: str, stage: int, count: int, tensor: int, corpus: Path, tmp_path: Path
+    engine: str, stage: int, count: int, axis: str, corpus: Path, tmp_path: Path
 ) -> None:
-    noise = "train.noise_scale_every_steps=2"
-    whole = [*small_run(corpus, tmp_path / "whole"), *layout(engine, stage, tensor), noise]
+    every_steps = 0 if axis in ("pipeline", "sequence") else 2
+    noise = f"train.noise_scale_every_steps={every_steps}"
+    whole = [*small_run(corpus, tmp_path / "whole"), *layout(engine, stage, axis), noise]
     run_training(whole, count, tmp_path)
     expected = exact_part(read_metrics(tmp_path / "whole"))
     assert [line["step"] for line in expected if "train/loss" in line] == list(range(1, 13))
     assert len([line for line in expected if "eval/loss" in line]) == 4
-    assert [line["step"] for line in expected if "train/noise_scale_tokens" in line] == [2, 4, 6, 8, 10, 12]
+    measured = [line["step"] for line in expected if "train/noise_scale_tokens" in line]
+    assert measured == ([2, 4, 6, 8, 10, 12] if every_steps else [])
 
-    killed = [*small_run(corpus, tmp_path / "killed"), *layout(engine, stage, tensor), noise]
+    killed = [*small_run(corpus, tmp_path / "killed"), *layout(engine, stage, axis), noise]
     # Once between two checkpoints, and once while a checkpoint is being written.
     kill_when(killed, count, tmp_path, lambda folder: steps_in(folder) >= 5)
     assert steps_in(tmp_path / "killed") < 12, "the run ended before it was killed"

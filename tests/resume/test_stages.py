@@ -60,15 +60,18 @@ def test_any_layout_goes_on_from_any_other_in_the_middle_of_epochs_and_stages(
     }
     assert lengths == {"step-00000004": 32, "step-00000008": 32, "step-00000012": 64}
     moving = [*staged_run(corpus, books, tmp_path / "moving"), "schedule.total_steps=12"]
-    for steps, engine, stage, count, tensor, micro_batch in (
-        (2, "deepspeed", 1, 4, 1, 2),
-        (5, "plain", 0, 1, 1, 8),
-        (8, "deepspeed", 3, 2, 1, 2),
-        (10, "deepspeed", 1, 4, 2, 1),
-        (12, "deepspeed", 2, 2, 1, 4),
+    for steps, engine, stage, count, axis, micro_batch in (
+        (2, "deepspeed", 1, 4, "data", 2),
+        (4, "deepspeed", 1, 4, "pipeline", 2),
+        (5, "plain", 0, 1, "data", 8),
+        (8, "deepspeed", 3, 2, "data", 2),
+        (9, "deepspeed", 2, 4, "sequence", 2),
+        (10, "deepspeed", 1, 4, "tensor", 1),
+        (12, "deepspeed", 2, 2, "data", 4),
     ):
         layout = [f"parallel.engine={engine}", f"parallel.zero_stage={stage}", f"train.micro_batch={micro_batch}"]
-        layout.append(f"parallel.tensor={tensor}")
+        if axis != "data":
+            layout.append(f"parallel.{axis}=2")
         run_training([*moving, *layout, f"train.steps={steps}"], count, tmp_path)
     found = [line for line in read_metrics(tmp_path / "moving") if "train/loss" in line]
     assert hashes(tmp_path / "moving") == hashes(tmp_path / "whole")
