@@ -1,10 +1,10 @@
-# make setup · train · test · check · bench. Needs Python 3.11 or later and a C compiler; all else is installed here.
+# make setup · train · test · test-layouts · check · bench. Needs Python 3.11 or later and a C compiler; all else is installed here.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup train test test-gpu check format bench clean
+.PHONY: setup train test test-layouts test-gpu check format bench clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,10 @@ train: setup
 # Two files at a time: most tests wait for processes as long as they compute.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Every parallel layout beside one plain process, and a table of how far they are apart: ten minutes.
+test-layouts: setup
+	$(BIN)/python -m pytest -q tests/parity/test_layouts.py
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu

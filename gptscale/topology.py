@@ -35,8 +35,9 @@ class Topology:
                 raise ValueError(f"{axis} must be at least 1, not {getattr(self, axis)}")
         model_ranks = self.pipeline * self.sequence * self.tensor
         if self.world_size % model_ranks:
+            axes = [f"parallel.{axis}" for axis in ("pipeline", "sequence", "tensor") if getattr(self, axis) > 1]
             raise ValueError(
-                f"a copy of the model takes parallel.pipeline × sequence × tensor = {model_ranks} ranks, "
+                f"a copy of the model takes {' × '.join(axes)} = {model_ranks} ranks, "
                 f"of which {self.world_size} is no multiple\nuse launch.ranks={model_ranks} or a multiple of it"
             )
         if self.data % self.expert:

@@ -21,6 +21,8 @@ GPTSCALE = str(Path(sys.executable).parent / "gptscale")
 
 
 TINY = ("experiment=tiny",)
+PP2 = ("parallel.pipeline=2", "launch.ranks=2")
+SP2 = ("parallel.sequence=2", "launch.ranks=2")
 TP2 = ("parallel.tensor=2", "launch.ranks=2")
 
 
@@ -64,7 +66,21 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", *TP2, "model.kv_heads=1"], ["parallel.tensor=2", "model.kv_heads=1"]),
         (["train", "experiment=tiny", *TP2, "model.vocab_multiple=1"], ["parallel.tensor=2", "model.vocab_multiple"]),
         (["train", "experiment=tiny", "parallel.tensor=0"], ["parallel.tensor=0"]),
-        (["train", "experiment=tiny", "parallel.pipeline=2"], ["parallel.pipeline=2"]),
+        (["train", "experiment=tiny", "parallel.pipeline=2"], ["parallel.pipeline", "launch.ranks=2"]),
+        (["train", "experiment=tiny", "parallel.pipeline=0"], ["parallel.pipeline=0"]),
+        (
+            ["train", "experiment=tiny", "parallel.pipeline=9", "launch.ranks=9"],
+            ["parallel.pipeline=9", "model.layers"],
+        ),
+        (["train", "experiment=tiny", *PP2, "parallel=zero2"], ["parallel.zero_stage=2", "parallel.zero_stage=1"]),
+        (["train", "experiment=tiny", *PP2, "parallel.pipeline_layers=[1,9]"], ["parallel.pipeline_layers=[1,9]"]),
+        (["train", "experiment=tiny", *PP2, "parallel.sequence=2"], ["parallel.sequence=2", "parallel.pipeline=1"]),
+        (["train", "experiment=tiny", *PP2, "optimizer=muon"], ["optimizer.name=muon", "parallel.pipeline=1"]),
+        (["train", "experiment=tiny", *PP2, "train.noise_scale_every_steps=1"], ["noise_scale", "parallel.pipeline=1"]),
+        (["train", "experiment=tiny", *SP2, "data.sequence_length=63"], ["parallel.sequence=2", "sequence_length=63"]),
+        (["train", "experiment=tiny", *SP2, "model.kv_heads=1"], ["parallel.sequence=2", "model.kv_heads=1"]),
+        (["train", "experiment=tiny", *SP2, "train.compile=block"], ["train.compile=block", "parallel.sequence=1"]),
+        (["train", "experiment=tiny", "parallel.expert=2"], ["parallel.expert=2"]),
         (["train", "experiment=tiny", "parallel.zero_stage=4"], ["parallel.zero_stage=4"]),
         (["train", "experiment=tiny", "parallel=plain", "launch.ranks=2"], ["parallel.engine=plain"]),
         (["train", "experiment=tiny", "checkpoint.keep=1"], ["checkpoint.keep=1"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,14 +43,51 @@ CASES = (
 )
 
 
-def fits(cell: Cell, layout: Layout) -> bool:
+FEW = ("bf16", "gpt3-tied", "skipped-step", "documents", "extras")
+"""On more ranks than there are cores: tied and not, dense, banded, with document masks and all else."""
+
+
+def fits(cell: Cell, layout: Layout, size: int) -> bool:
     """What `gptscale.config.rules` lets through, and is worth the time."""
     if (cell.layers > 2) != (layout.pipeline > 2):
+        return False
+    if size > 2 and cell.layers == 2 and cell.name not in FEW:
         return False
     if layout.tensor * layout.pipeline > 1 and cell.optimizer == "muon":
         return False
     # The modern block has two key/value heads.
     return layout.tensor * layout.sequence <= 2 or cell.block == "gpt3"
+
+
+@dataclass
+class Row:
+    """What is told of a layout: the largest differences from one plain process in fp32, and how far bf16 is off."""
+
+    case: Case
+    losses: list[float] = field(default_factory=list)
+    gradients: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    bf16: float | None = None
+
+    def __str__(self) -> str:
+        bf16 = "" if self.bf16 is None else f"{self.bf16:.2f}"
+        worst = " | ".join(f"{max(found):.0e}" for found in (self.losses, self.gradients, self.weights))
+        return f"| {self.case.name} | {self.case.size} | {len(self.losses)} | {worst} | {bf16} |"
+
+
+HEAD = """\
+| layout | ranks | models | loss | gradients | weights | bf16 |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
+    """Shown when all is done, where one process runs the tests (`make test-layouts`)."""
+    rows: list[Row] = []
+    yield rows
+    if rows and "PYTEST_XDIST_WORKER" not in os.environ:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print("", HEAD, *rows, sep="\n")
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +98,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_layout_equals_one_plain_process(case: Case, plain: dict[str, Recorded], tmp_path: Path) -> None:
-    cells = tuple(cell for cell in CELLS + DEEP if fits(cell, case.layout))
+def test_a_layout_equals_one_plain_process(
+    case: Case, plain: dict[str, Recorded], table: list[Row], tmp_path: Path
+) -> None:
+    row = Row(case)
+    table.append(row)
+    cells = tuple(cell for cell in CELLS + DEEP if fits(cell, case.layout, case.size))
     ranks.run(run_cells, [case.layout, 2, cells], case.size, tmp_path)
     for cell in cells:
         found, facts = record(tmp_path, cell, case.size)
@@ -70,24 +113,31 @@ def test_a_layout_equals_one_plain_process(case: Case, plain: dict[str, Recorded
         assert initial_weights_are_equal(plain[cell.name], found)
         if cell.compute == "fp32":
             assert_equal_in_fp32(differences)
+            row.losses.append(differences["loss"])
+            row.gradients.append(differences["gradient"])
+            row.weights.append(differences["weight"])
         else:
             assert differences["loss"] <= 1e-2
-            assert_as_exact(found, plain[cell.name], plain["gpt3-tied"])
+            row.bf16 = inexactness(found, plain[cell.name], plain["gpt3-tied"])
+            assert row.bf16 <= 1.5
         if cell.poisoned is not None:
             assert not np.isfinite(found["norm"][cell.poisoned])
             assert facts[0]["updates"] == len(found["loss"]) - 1
 
 
-def assert_as_exact(found: Recorded, plain_bf16: Recorded, plain_fp32: Recorded) -> None:
-    """bf16 gradients are as far from fp32's, 1 to 3 % of them, as those of one plain bf16 process.
+def inexactness(found: Recorded, plain_bf16: Recorded, plain_fp32: Recorded) -> float:
+    """How far bf16 gradients are from fp32's, those of one plain bf16 process being 1: of the worst parameter.
 
-    Parts of a product are rounded before they are summed, so that a layout's bf16 is not plain bf16 within float order.
-    Half as far again is allowed; up to a third was seen.
+    Plain ones are 1 to 3 % off. Parts of a product are rounded before they are summed, so that a layout's bf16 is not
+    plain bf16 within float order. 1.5 is allowed; up to 1.33 was seen.
     """
-    for key, exact in plain_fp32.items():
-        if key.startswith("gradient:") and not key.endswith("attention.k.bias"):
-            ours, theirs = (np.linalg.norm(record[key] - exact) for record in (found, plain_bf16))
-            assert 0 < ours <= 1.5 * theirs, key
+    ratios = [
+        float(np.linalg.norm(found[key] - exact) / np.linalg.norm(plain_bf16[key] - exact))
+        for key, exact in plain_fp32.items()
+        if key.startswith("gradient:") and not key.endswith("attention.k.bias")
+    ]
+    assert min(ratios) > 0
+    return max(ratios)
 
 
 def assert_layout_is_real(facts: list[dict[str, Any]], cell: Cell, case: Case) -> None:
