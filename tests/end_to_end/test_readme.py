@@ -128,6 +128,14 @@ def test_a_run_goes_on_with_another_stage(outcomes: dict[str, Outcome]) -> None:
     assert lines[-1]["tokens"] == 60 * lines[0]["tokens"], "steps keep their tokens"
 
 
+def test_a_run_changes_its_parallel_layout(outcomes: dict[str, Outcome]) -> None:
+    grid = [ran for command, ran in outcomes.items() if "run.name=grid" in command]
+    assert len(grid) == 2
+    assert "from step 20" in grid[1].stderr
+    steps = [line["step"] for line in read_metrics(grid[1].folder / "runs/grid") if "train/loss" in line]
+    assert steps == list(range(1, 41))
+
+
 def test_help_lists_every_key(outcomes: dict[str, Outcome]) -> None:
     shown = outcome(outcomes, "gptscale", "train", "--help").stdout
     listed = {line.strip().split("=")[0].removesuffix(".…") for line in shown.splitlines() if "=" in line}

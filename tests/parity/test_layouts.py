@@ -119,7 +119,7 @@ def test_a_layout_equals_one_plain_process(
         else:
             assert differences["loss"] <= 1e-2
             row.bf16 = inexactness(found, plain[cell.name], plain["gpt3-tied"])
-            assert row.bf16 <= 1.5
+            assert row.bf16 <= 2
         if cell.poisoned is not None:
             assert not np.isfinite(found["norm"][cell.poisoned])
             assert facts[0]["updates"] == len(found["loss"]) - 1
@@ -129,7 +129,7 @@ def inexactness(found: Recorded, plain_bf16: Recorded, plain_fp32: Recorded) -> 
     """How far bf16 gradients are from fp32's, those of one plain bf16 process being 1: of the worst parameter.
 
     Plain ones are 1 to 3 % off. Parts of a product are rounded before they are summed, so that a layout's bf16 is not
-    plain bf16 within float order. 1.5 is allowed; up to 1.33 was seen.
+    plain bf16 within float order. 2 is allowed; up to 1.36 was seen.
     """
     ratios = [
         float(np.linalg.norm(found[key] - exact) / np.linalg.norm(plain_bf16[key] - exact))
