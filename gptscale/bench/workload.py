@@ -194,7 +194,7 @@ def engine_step(contender: Contender, process: ProcessInfo, device: torch.device
     ranks = Ranks(process, settings.parallel.engine == "deepspeed", settings.parallel.timeout_s)
     assert ranks.device == device
     model = build_ours(contender)
-    cut = spread(model, ranks, settings.parallel)
+    cut = spread(model, ranks, settings.parallel, settings.run.seed)
     optimizer = build_optimizer(model, settings.optimizer)
     engine = build_engine(model, cut, optimizer, settings, contender.split, ranks)
     rate = settings.optimizer.learning_rate

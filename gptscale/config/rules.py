@@ -324,6 +324,7 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
         _check_tensor(settings)
     if parallel.sequence > 1:
         _check_sequence(settings)
+    _at_least("parallel.checkpoint_interval", parallel.checkpoint_interval, 1)
     if parallel.engine == "plain" and world_size > 1:
         raise UserError(
             f"parallel.engine=plain is one process, but the run has {world_size} ranks\n"

@@ -224,6 +224,9 @@ class ParallelConfig:
     sequence: int = 1
     expert: int = 1
     activation_checkpointing: Literal["none", "full"] = "none"
+    """`full`: layers keep their input only, and are computed again in backward. Costs a third more products."""
+    checkpoint_interval: int = 1
+    """With `full`: every so manyth layer is, and the others keep what they computed."""
     timeout_s: float = 600.0
     """How long a collective may wait for a peer before the run ends with an error."""
 

@@ -164,6 +164,8 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.activation_checkpointing: Literal["none", "full"] = "none"
         """`full`: a block keeps its input only, and runs again in backward."""
+        self.checkpoint_interval = 1
+        """With `full`: of so many blocks one does."""
 
         rope = config.positions == "rope"
         self.rotary = RotaryTable(config, sequence_length) if rope else None
@@ -204,10 +206,11 @@ class GPT(nn.Module):
         within = {} if documents is None else {"documents": documents}
         for number in blocks:
             block = self.blocks[number]
-            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+            again = self.activation_checkpointing == "full" and number % self.checkpoint_interval == 0
+            if again and torch.is_grad_enabled():
                 random = self.config.dropout > 0
-                again = partial(block, **within)
-                x_BTD = checkpoint(again, x_BTD, use_reentrant=False, preserve_rng_state=random)
+                run = partial(block, **within)
+                x_BTD = checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=random)
             else:
                 x_BTD = block(x_BTD, **within)
         return x_BTD

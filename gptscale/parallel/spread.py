@@ -7,18 +7,20 @@ from gptscale.model.gpt import GPT
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.sequence import split_sequences
 from gptscale.parallel.stages import Cut, balanced, cuts, keep, parameter_weights
-from gptscale.parallel.tensor import shard_model
+from gptscale.parallel.tensor import join_slices, take_slices
 
 
-def spread(model: GPT, ranks: Ranks, parallel: ParallelConfig) -> Cut:
+def spread(model: GPT, ranks: Ranks, parallel: ParallelConfig, seed: int) -> Cut:
     """Apply what the ranks' coordinates ask for, before an optimizer is made of what is left of the model.
 
-    Returns which part of the sequence that is.
+    The model holds its initial weights, or is on the meta device and gets them here, of `seed`: this rank's alone.
+    Returns which part of the sequence is left.
     """
     blocks = parallel.pipeline_layers or balanced(parameter_weights(model), ranks.pipeline.size)
     cut = cuts(blocks)[ranks.pipeline.rank]
-    shard_model(model, ranks.tensor)
-    split_sequences(model, ranks.sequence)
     if ranks.pipeline.size > 1:
         keep(model, cut)
+    take_slices(model, ranks.tensor, seed)
+    join_slices(model, ranks.tensor)
+    split_sequences(model, ranks.sequence)
     return cut

@@ -22,8 +22,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptscale.config.shape import padded_vocab
 from gptscale.flow import TensorShard
 from gptscale.model.gpt import GPT, Block
+from gptscale.model.init import initial_value
 from gptscale.model.linear import Linear, linear
 from gptscale.parallel.ranks import Group
 
@@ -47,27 +49,37 @@ def shard_of(name: str, held: torch.Size, rank: int, size: int) -> tuple[tuple[i
     return whole, TensorShard(dim, rank * held[dim], held[dim])
 
 
-def shard_model(model: GPT, group: Group) -> None:
-    """Keep this rank's slices of a whole model, and have it work with its peers from now on.
+def take_slices(model: GPT, group: Group, seed: int) -> None:
+    """Keep this rank's slices of what the model holds. Parameters on the meta device get their initial values.
+
+    A whole one is made at a time, so that a rank needs room for its part of the model, and no more.
+    """
+    for name, parameter in list(model.named_parameters()):
+        dim = shard_dim(name) if group.size > 1 else None
+        if dim is None and not parameter.is_meta:
+            continue
+        whole = initial_value(name, parameter.shape, model.config, seed) if parameter.is_meta else parameter.detach()
+        kept = whole if dim is None else whole.chunk(group.size, dim)[group.rank].clone()
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, nn.Parameter(kept))
+    if model.config.tied_embeddings:
+        model.head.weight = model.embedding.weight
+
+
+def join_slices(model: GPT, group: Group) -> None:
+    """Have a model of which each rank of a group has taken its slices work with its peers from now on.
 
     `gptscale.config.rules` has seen to it that heads, features and rows of the vocabulary divide by the group's size.
     """
     if group.size == 1:
         return
-    for name, parameter in list(model.named_parameters()):
-        dim = shard_dim(name)
-        if dim is not None:
-            owner, _, own = name.rpartition(".")
-            kept = parameter.detach().chunk(group.size, dim)[group.rank].clone()
-            setattr(model.get_submodule(owner), own, nn.Parameter(kept))
-    if model.config.tied_embeddings:
-        model.head.weight = model.embedding.weight
-    part = _Part(group, model.head.weight.shape[0])
+    part = _Part(group, padded_vocab(model.vocab_size, model.config.vocab_multiple) // group.size)
     model.embedding.lookup = partial(_lookup, part)
     model.head.part = part
     _copy_output(model.head.norm, group)
     for block in model.blocks:
-        assert isinstance(block, Block)
+        if not isinstance(block, Block):  # another stage's
+            continue
         _copy_output(block.attention_norm, group)
         _copy_output(block.feedforward_norm, group)
         block.attention.o = SummedLinear(block.attention.o, group)

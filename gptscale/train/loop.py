@@ -107,13 +107,13 @@ def train_in(
     settings = composed.settings
     check = until_stopped(lambda: stop.requested)
     corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks, check), "opening the data")
-    model = build_model(settings, corpora.vocab_size)
+    model = build_model(settings, corpora.vocab_size, whole=ranks.model.size == 1)
     all_or_none(ranks, lambda: check_kernel(model, settings, ranks.device), "choosing attention kernels")
     if settings.train.compile == "block":
         all_or_none(ranks, lambda: check_compiler(ranks.device), "trying the compiler")
         LOG.info("blocks are compiled in the first step, which takes longer")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    cut = spread(model, ranks, settings.parallel)
+    cut = spread(model, ranks, settings.parallel, settings.run.seed)
     engine = build_engine(model, cut, build_optimizer(model, settings.optimizer), settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)
     memory.engine = engine

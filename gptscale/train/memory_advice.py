@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from gptscale.config.rules import check
 from gptscale.config.schema import TrainRoot
+from gptscale.runtime.errors import UserError
 
 Moment = Literal["step", "evaluation", "start", "save"]
 
@@ -47,6 +49,7 @@ def advice(settings: TrainRoot, shortage: Shortage) -> list[Fix]:
         _micro_batch(settings, shortage),
         _checkpointing(settings, shortage),
         _loss_chunk(settings, shortage),
+        _sequence(settings, shortage),
     ]
     state = [_zero_stage(settings, shortage), _ranks(settings, shortage)]
     if shortage.moment in ("start", "save"):
@@ -73,8 +76,12 @@ def _micro_batch(settings: TrainRoot, shortage: Shortage) -> Fix | None:
 
 
 def _checkpointing(settings: TrainRoot, shortage: Shortage) -> Fix | None:
-    if settings.parallel.activation_checkpointing == "full" or shortage.moment != "step" or settings.model.layers < 2:
+    if shortage.moment != "step" or settings.model.layers < 2:
         return None
+    if settings.parallel.activation_checkpointing == "full":
+        if settings.parallel.checkpoint_interval == 1:
+            return None
+        return Fix("parallel.checkpoint_interval=1", "computes every layer again; same results")
     return Fix(
         "parallel.activation_checkpointing=full",
         f"keeps the input of each of the {settings.model.layers} layers and computes the rest again; same results",
@@ -91,10 +98,24 @@ def _loss_chunk(settings: TrainRoot, shortage: Shortage) -> Fix | None:
     return Fix(f"model.loss_chunk={smaller}", f"frees {readable(freed)} of logits")
 
 
+def _sequence(settings: TrainRoot, shortage: Shortage) -> Fix | None:
+    """Twice as many ranks a row, where a micro-batch is one row and layers keep as little as they can."""
+    parallel, ranks = settings.parallel, 2 * shortage.ranks
+    smallest = settings.train.micro_batch == 1 and parallel.activation_checkpointing == "full"
+    if shortage.moment != "step" or not smallest or parallel.checkpoint_interval > 1:
+        return None
+    more = replace(settings, parallel=replace(parallel, sequence=2 * parallel.sequence))
+    try:
+        check(more, ranks)
+    except UserError:
+        return None
+    return Fix(f"parallel.sequence={2 * parallel.sequence} launch.ranks={ranks}", "each holds half as long rows")
+
+
 def _zero_stage(settings: TrainRoot, shortage: Shortage) -> Fix | None:
     """The next stage that shares more. Bytes a parameter: 4 weight, 4 gradient, 8 optimizer (Adam's moments)."""
-    stage, ranks = settings.parallel.zero_stage, _data_ranks(settings, shortage)
-    if settings.parallel.engine == "plain" or ranks == 1 or stage >= 3:
+    stage, ranks = settings.parallel.zero_stage, _data_ranks(settings, shortage) * settings.parallel.sequence
+    if settings.parallel.engine == "plain" or ranks == 1 or stage >= 3 or settings.parallel.pipeline > 1:
         return None
     shared = {1: "optimizer state", 2: "gradients", 3: "weights"}[stage + 1]
     return Fix(f"parallel.zero_stage={stage + 1}", f"shares the {shared} between {ranks} ranks too")

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -69,12 +70,18 @@ def emulates_bf16() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
 
 
-def build_model(settings: TrainRoot, vocab_size: int) -> GPT:
-    """The model on the CPU with its initial weights, the same on every layout. Blocks are compiled as they train."""
+def build_model(settings: TrainRoot, vocab_size: int, whole: bool = True) -> GPT:
+    """The model on the CPU with its initial weights, the same on every layout. Blocks are compiled as they train.
+
+    Not `whole`: on the meta device, for `gptscale.parallel.spread` to make the part that a rank keeps.
+    """
     length = longest_sequence(settings.data)
-    model = GPT(settings.model, vocab_size, length, COMPUTE_TYPES[settings.precision.compute])
+    with nullcontext() if whole else torch.device("meta"):
+        model = GPT(settings.model, vocab_size, length, COMPUTE_TYPES[settings.precision.compute])
     model.activation_checkpointing = settings.parallel.activation_checkpointing
-    initialise(model, settings.run.seed)
+    model.checkpoint_interval = settings.parallel.checkpoint_interval
+    if whole:
+        initialise(model, settings.run.seed)
     if settings.data.document_mask:
         check_blocks(model, settings.model.block)
     if settings.train.compile == "block":

@@ -6,6 +6,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -168,16 +169,18 @@ def run_cells(layout: Layout, micro_batch: int, cells: tuple[Cell, ...]) -> None
 
 def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.compute]
-    model = GPT(root.model, VOCABULARY, LENGTH, compute)
+    with nullcontext() if ranks.model.size == 1 else torch.device("meta"):  # as training does
+        model = GPT(root.model, VOCABULARY, LENGTH, compute)
     model.activation_checkpointing = "full" if cell.recompute and root.parallel.engine != "plain" else "none"
-    initialise(model, cell.seed)
+    if ranks.model.size == 1:
+        initialise(model, cell.seed)
     if cell.compiled:
         torch._dynamo.reset()
         counters.clear()
         compile_blocks(model)
     split = check(root, ranks.size)
     parameters = sum(p.numel() for p in model.parameters())
-    cut = spread(model, ranks, root.parallel)
+    cut = spread(model, ranks, root.parallel, cell.seed)
     here = sum(prod(held.shape) for held in holdings(model, ranks).values())
     engine = build_engine(model, cut, build_optimizer(model, root.optimizer), root, split, ranks)
     recorded: dict[str, npt.NDArray[Any]] = {f"initial:{name}": x for name, x in gathered(engine, "weight").items()}

@@ -61,7 +61,7 @@ class Bench:
     def build(self, root: TrainRoot, seed: int = 0) -> tuple[GPT, Engine]:
         model = GPT(root.model, VOCABULARY, LENGTH, COMPUTE_TYPES[root.precision.compute])
         initialise(model, seed)
-        cut = spread(model, self.ranks, root.parallel)
+        cut = spread(model, self.ranks, root.parallel, seed)
         return model, build_engine(model, cut, build_optimizer(model, root.optimizer), root, self.split, self.ranks)
 
     def step(self, engine: Engine, number: int, noise: bool = False) -> StepResult:

@@ -179,7 +179,7 @@ def dropped_heads() -> None:
     joined = join(Layout("deepspeed", 0, tensor=2))
     model = GPT(ModelConfig(layers=1, width=16, heads=4, dropout=0.5), 100, 8, torch.float32)
     initialise(model, 0)
-    spread(model, joined, ParallelConfig())
+    spread(model, joined, ParallelConfig(), 0)
     torch.manual_seed(0)
     q_BTHW, ones_BTHW = torch.zeros(1, 8, 2, 4), torch.ones(1, 8, 2, 4)
     np.save(f"{joined.rank}.npy", model.blocks[0].attention.attend(q_BTHW, q_BTHW, ones_BTHW).detach().numpy())

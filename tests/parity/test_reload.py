@@ -57,7 +57,7 @@ def step_and_save(cell_name: str, layout: Layout, source: str | None, target: st
     root, ranks = settings(cell, layout, 2), join(layout)
     model = GPT(root.model, VOCABULARY, LENGTH, torch.float32)
     initialise(model, 0 if source is None else 17)
-    cut = spread(model, ranks, root.parallel)
+    cut = spread(model, ranks, root.parallel, 0)
     split = split_batch(GLOBAL_BATCH, 2, ranks.topology.data)
     engine = build_engine(model, cut, build_optimizer(model, root.optimizer), root, split, ranks)
     if source is None:

@@ -48,6 +48,8 @@ def test_what_cannot_help_is_not_named() -> None:
     assert tried("train.micro_batch=1")[0] == FULL
     assert FULL not in tried(FULL)
     assert FULL not in tried(moment="evaluation")
+    assert tried(FULL, "parallel.checkpoint_interval=2")[1] == "parallel.checkpoint_interval=1"
+    assert not [fix for fix in tried("parallel.pipeline=2", ranks=4) if "zero_stage" in fix]
     assert CHUNK not in tried(rest_bytes=400 * GIB)
     assert "model.loss_chunk=128" not in tried("model.loss_chunk=128")
     assert "parallel.zero_stage=4" not in tried("parallel.zero_stage=3")
@@ -60,6 +62,13 @@ def test_what_cannot_help_is_not_named() -> None:
         "parallel.zero_stage=2",
         "a smaller model.width or model.layers",
     ]
+
+
+def test_a_row_that_is_all_there_is_is_shared() -> None:
+    assert "parallel.sequence=2 launch.ranks=8" in tried("train.micro_batch=1", FULL)
+    assert "parallel.sequence=4 launch.ranks=8" in tried("train.micro_batch=1", FULL, "parallel.sequence=2")
+    assert not [fix for fix in tried(FULL) if "sequence" in fix], "a smaller micro-batch first"
+    assert not [fix for fix in tried("train.micro_batch=1", FULL, "model.heads=1") if "sequence" in fix]
 
 
 def test_a_micro_batch_divides_what_a_rank_has() -> None:
