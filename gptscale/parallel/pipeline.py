@@ -222,6 +222,7 @@ class PipelineEngine:
 
     def _expect(self, inputs: Sequence[Tensor]) -> None:
         """Stages tell each other the shape of what they send where it is not the one before, and then only."""
+        self._engine.total_loss = None  # to which DeepSpeed adds what evaluations return, and logits are no loss
         shapes = [x.shape for x in inputs]
         self._engine.dynamic_shape = len(set(shapes)) > 1
         if self._engine.dynamic_shape or shapes[:1] != self._shapes[:1]:

@@ -83,8 +83,10 @@ def stage_facts(settings: TrainRoot, corpora: Corpora) -> Iterator[StageFacts]:
 
 
 def layout_name(settings: TrainRoot) -> str:
-    engine = settings.parallel.engine
-    return "plain" if engine == "plain" else f"ZeRO-{settings.parallel.zero_stage}"
+    parallel = settings.parallel
+    stage = "plain" if parallel.engine == "plain" else f"ZeRO-{parallel.zero_stage}"
+    axes = {axis: getattr(parallel, axis) for axis in ("pipeline", "tensor", "sequence")}
+    return ", ".join([stage, *(f"{axis} {size}" for axis, size in axes.items() if size > 1)])
 
 
 def versions() -> dict[str, str]:

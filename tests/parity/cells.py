@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from torch._dynamo.utils import counters
 
@@ -41,6 +42,9 @@ from gptscale.topology import BatchSplit
 from gptscale.train.optimizer import build_optimizer
 
 STEPS, GLOBAL_BATCH, LENGTH, VOCABULARY = 10, 8, 32, 2000
+ROWS = torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(99))
+LAST = torch.tensor([6, 2, 4])
+"""What is generated from: rows of a length that no rank has a half of."""
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 """AdamW's and Muon's."""
 END_OF_TEXT = 7
@@ -202,6 +206,9 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         heldout.append(float(ranks.sum_tensor(torch.stack(sums).sum())))
     recorded |= {f"weight:{name}": value for name, value in gathered(engine, "weight").items()}
     recorded |= {"loss": np.array(losses), "norm": np.array(norms), "heldout": np.array(heldout)}
+    recorded["logits"] = engine.next_logits(ROWS, LAST).float().cpu().numpy()
+    after = sum((engine.eval_step(batch) for batch in microbatches), torch.zeros(()))
+    assert float(ranks.sum_tensor(after)) == pytest.approx(heldout[-1], rel=1e-6), "evaluation after generation"
     pieces = engine.pieces()
     inner = getattr(engine, "_engine", None)
     facts = {
