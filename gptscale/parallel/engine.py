@@ -10,8 +10,10 @@ import torch
 from gptscale.config.schema import TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
 from gptscale.model.gpt import GPT
+from gptscale.parallel.optimizer_state import KnowsParameters
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.stages import Cut
+from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 
 
@@ -59,6 +61,15 @@ class Engine(Protocol):
         ...
 
 
+def check_parts(optimizer: torch.optim.Optimizer, name: str, ranks: Ranks) -> None:
+    """Raises UserError where an optimizer wants whole matrices, and a rank has parts of the model."""
+    if ranks.model.size > 1 and isinstance(optimizer, KnowsParameters):
+        raise UserError(
+            f"optimizer.name={name} works on whole matrices, and all of them, of which a rank has parts here\n"
+            "use parallel.tensor=1 and parallel.pipeline=1, or optimizer=adamw"
+        )
+
+
 def build_engine(
     model: GPT, cut: Cut, optimizer: torch.optim.Optimizer, settings: TrainRoot, split: BatchSplit, ranks: Ranks
 ) -> Engine:
@@ -66,6 +77,7 @@ def build_engine(
 
     `model` and `cut` are what `spread` left and returned: parameters have their canonical names and initial weights.
     """
+    assert ranks.model.size == 1 or not isinstance(optimizer, KnowsParameters), "checked by `check_parts`"
     model.to(ranks.device)
     if settings.parallel.engine == "plain":
         from gptscale.parallel.plain import PlainEngine

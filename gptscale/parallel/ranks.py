@@ -53,6 +53,7 @@ class Ranks:
         if torch.distributed.is_initialized():
             # Control words travel on their own gloo group, so that agreeing never waits for a GPU's queue.
             self._control = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._made: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
         self.replicas = self._group(lambda at: (at.pipeline, at.tensor), timeout_s)
         """The ranks that hold the same part of the model: gradients are summed over them."""
         self.tensor = self._group(lambda at: (at.pipeline, at.data, at.sequence), timeout_s)
@@ -65,17 +66,15 @@ class Ranks:
         """The ranks that hold the parts of one copy of the model."""
 
     def _group(self, key: Callable[[Coordinates], Hashable], timeout_s: float) -> Group:
-        """This rank's group, where those of equal keys are one. A collective: all groups are made on all ranks."""
-        members: dict[Hashable, list[int]] = {}
-        for rank in range(self.size):
-            members.setdefault(key(self.topology.coordinates(rank)), []).append(rank)
-        own = members[key(self.at)]
-        handle = None
-        if len(own) < self.size:
-            for ranks in members.values():
-                made = torch.distributed.new_group(ranks, timeout=timedelta(seconds=timeout_s))
-                handle = made if ranks is own else handle
-        return Group(own.index(self.rank), len(own), handle)
+        """This rank's group, where those of equal keys are one. A collective of its members.
+
+        Nobody else has to be there, or a start would take longer with every rank of the run.
+        """
+        own = tuple(r for r in range(self.size) if key(self.topology.coordinates(r)) == key(self.at))
+        if len(own) < self.size and own not in self._made:
+            limit = timedelta(seconds=timeout_s)
+            self._made[own] = torch.distributed.new_group(list(own), timeout=limit, use_local_synchronization=True)
+        return Group(own.index(self.rank), len(own), self._made.get(own))
 
     @property
     def feeds(self) -> bool:

@@ -25,7 +25,6 @@ from gptscale.parallel.optimizer_state import KnowsParameters, updates_of
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Group, Ranks
 from gptscale.parallel.zero_state import sharded_state
-from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 
 
@@ -38,11 +37,6 @@ class ZeroEngine:
         split: BatchSplit,
         ranks: Ranks,
     ) -> None:
-        if ranks.tensor.size > 1 and isinstance(optimizer, KnowsParameters):
-            raise UserError(
-                f"optimizer.name={settings.optimizer.name} works on whole matrices, of which a rank has slices\n"
-                "use parallel.tensor=1, or optimizer=adamw"
-            )
         self._ranks = ranks
         self._stage = settings.parallel.zero_stage
         self._clip_norm = settings.optimizer.clip_norm

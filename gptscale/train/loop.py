@@ -22,7 +22,7 @@ from gptscale.evaluate.samples import greedy_samples
 from gptscale.model.compiling import check_compiler
 from gptscale.model.gpt import GPT
 from gptscale.parallel.clock import Clock
-from gptscale.parallel.engine import Engine, build_engine
+from gptscale.parallel.engine import Engine, build_engine, check_parts
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.spread import spread
 from gptscale.runtime.errors import StoppedError
@@ -114,7 +114,9 @@ def train_in(
         LOG.info("blocks are compiled in the first step, which takes longer")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cut = spread(model, ranks, settings.parallel, settings.run.seed)
-    engine = build_engine(model, cut, build_optimizer(model, settings.optimizer), settings, split, ranks)
+    optimizer = build_optimizer(model, settings.optimizer)
+    all_or_none(ranks, lambda: check_parts(optimizer, settings.optimizer.name, ranks), "making the optimizer")
+    engine = build_engine(model, cut, optimizer, settings, split, ranks)
     progress = resume(composed, engine, folder, corpora, ranks)
     memory.engine = engine
     total_steps = run_steps(settings)
