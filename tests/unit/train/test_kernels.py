@@ -12,22 +12,15 @@ import torch
 from gptscale.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig, TrainRoot
 from gptscale.model.attention import Attention
 from gptscale.model.gpt import GPT
+from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.errors import UserError
+from gptscale.runtime.process import ALONE
 from gptscale.train import kernels
 from gptscale.train.kernels import as_json, check_kernel, choose_kernels, described, kept, layer_cases
 from gptscale.train.setup import check_blocks
 
 MODEL = ModelConfig(layers=3, width=32, heads=4, attention_pattern=("full", "window"), window=16)
 CPU = torch.device("cpu")
-
-
-class OneRank:
-    """What choosing asks of a process group."""
-
-    rank, size, device = 0, 1, CPU
-
-    def agree(self, ok: bool) -> bool:
-        return ok
 
 
 def chosen(
@@ -43,7 +36,7 @@ def chosen(
 
     monkeypatch.setattr(kernels, "time_kernels", time_kernels)
     model = GPT(settings.model, 100, settings.data.sequence_length, torch.float32)
-    choice = choose_kernels(model, settings, None, recorded, OneRank())  # type: ignore[arg-type]
+    choice = choose_kernels(model, settings, None, recorded, Ranks(ALONE, deepspeed=False, timeout_s=60))
     return choice, model, len(calls)
 
 
