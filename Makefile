@@ -1,4 +1,5 @@
-# make setup · train · test · test-layouts · check · bench. Needs Python 3.11 or later and a C compiler; all else is installed here.
+# make setup · train · test · test-layouts · check · bench.
+# Needs Python 3.11 or later and a C compiler; all else is installed here.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,20 +26,17 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from gptscale.config.schema import TrainRoot
-from gptscale.flow import Batch, Duration, Piece, StepResult
+from gptscale.flow import Batch, Duration, StepResult
 from gptscale.model.documents import Documents
 from gptscale.model.gpt import GPT
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import pipeline_config
 from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.held import holdings
-from gptscale.parallel.loss_scale import LossScaler
-from gptscale.parallel.optimizer_state import updates_of
+from gptscale.parallel.on_deepspeed import OnDeepSpeed
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.stages import Cut
-from gptscale.parallel.zero import deepspeed_scale
-from gptscale.parallel.zero_state import sharded_state
 from gptscale.topology import BatchSplit
 
 
@@ -99,7 +96,8 @@ class Pipeline(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
             super().__init__(layers, topology=grid, loss_fn=stage.loss, partition_method="uniform")
         self._tied: Tensor | None = stage.model.head.weight if stage.model.config.tied_embeddings else None
-        self._ends = _ends_of_pipelines(ranks)
+        first, last = (topology.rank(replace(ranks.at, pipeline=end)) for end in (0, topology.pipeline - 1))
+        self._ends = ranks.group_of((first, last)) if ranks.rank in (first, last) else None
         self.clock = Clock(ranks.device)
         self.forward_backward: Duration | None = None
 
@@ -109,7 +107,7 @@ class Pipeline(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
         return [(self._tied, self._ends)] if self._tied is not None and self._ends is not None else []
 
 
-class PipelineEngine:
+class PipelineEngine(OnDeepSpeed):
     """`gptscale.parallel.engine.Engine` over the stages of a pipeline, with ZeRO-1 within each of them."""
 
     def __init__(
@@ -121,29 +119,18 @@ class PipelineEngine:
         split: BatchSplit,
         ranks: Ranks,
     ) -> None:
-        self._ranks = ranks
         held = holdings(model, ranks)
-        self._stage = Stage(model, cut)
-        self._pipeline = Pipeline(self._stage, ranks)
+        self._part = Stage(model, cut)
+        self._pipeline = Pipeline(self._part, ranks)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         with flat_optimizers():
-            self._engine, *_ = deepspeed.initialize(
+            engine, *_ = deepspeed.initialize(
                 model=self._pipeline,
                 optimizer=optimizer,
                 config=pipeline_config(split, ranks.replicas.size, settings.optimizer.clip_norm, parameters),
                 dist_init_required=False,
             )
-        self._optimizer: Any = self._engine.optimizer
-        self._optimizer.peers = ranks.model
-        self._optimizer.not_first = frozenset(key for key, one in held.items() if not one.first)
-        self._scaler: LossScaler | None = None
-        if settings.precision.compute == "fp16":
-            rule = deepspeed_scale(settings.precision)
-            self._scaler = LossScaler(rule)
-            self._optimizer.loss_scaler = rule
-            self._optimizer.dynamic_loss_scale = True
-            self._optimizer.shares = ranks.replicas.size
-        self._state = sharded_state(1, model, self._optimizer, ranks.replicas, held)
+        super().__init__(engine, model, 1, settings, ranks, held)
         self._shapes: list[torch.Size] = []
 
     def train_step(
@@ -184,8 +171,8 @@ class PipelineEngine:
 
     @torch.no_grad()
     def next_logits(self, inputs_BT: Tensor, last_B: Tensor) -> Tensor:
-        ranks, model = self._ranks, self._stage.model
-        self._stage.begin([Job(None, last_B=last_B.to(ranks.device))])
+        ranks, model = self._ranks, self._part.model
+        self._part.begin([Job(None, last_B=last_B.to(ranks.device))])
         self._expect([inputs_BT])
         inputs_BT = inputs_BT.to(ranks.device)
         logits_BV: Tensor | None = self._engine.eval_batch(
@@ -197,27 +184,13 @@ class PipelineEngine:
         dist.broadcast(logits_BV, last, group=ranks.pipeline.handle)
         return logits_BV
 
-    def pieces(self) -> list[Piece]:
-        return self._state.pieces()
-
-    def updates(self) -> int:
-        return updates_of(self._optimizer.optimizer)
-
-    def loss_scaling(self) -> dict[str, Any] | None:
-        return None if self._scaler is None else self._scaler.to_json()
-
-    def loaded(self, updates: int, loss_scaling: Mapping[str, Any] | None = None) -> None:
-        if self._scaler is not None and loss_scaling is not None:
-            self._scaler.load(loss_scaling)
-        self._state.refresh(updates)
-
     def _feed(
         self, microbatches: Sequence[Batch], weight: float = 1.0, gain: float | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Tell the stage of these micro-batches, and DeepSpeed their ids and targets."""
         given = [on_device(batch, self._ranks.device) for batch in microbatches]
         self._expect([inputs_BT for inputs_BT, _, _ in given])
-        self._stage.begin([Job(documents, weight, gain) for _, _, documents in given])
+        self._part.begin([Job(documents, weight, gain) for _, _, documents in given])
         return iter([(inputs_BT, targets_BT) for inputs_BT, targets_BT, _ in given])
 
     def _expect(self, inputs: Sequence[Tensor]) -> None:
@@ -228,15 +201,3 @@ class PipelineEngine:
         if self._engine.dynamic_shape or shapes[:1] != self._shapes[:1]:
             self._engine.reset_activation_shape()
         self._shapes = [] if self._engine.dynamic_shape else shapes
-
-
-def _ends_of_pipelines(ranks: Ranks) -> Any:
-    """The group of the first and the last stage of this rank's pipeline; None on stages between. A collective."""
-    topology, own = ranks.topology, None
-    for rank in range(ranks.size):
-        at = topology.coordinates(rank)
-        if at.pipeline == 0:
-            ends = [rank, topology.rank(replace(at, pipeline=topology.pipeline - 1))]
-            group = dist.new_group(ends)
-            own = group if ranks.rank in ends else own
-    return own

@@ -53,28 +53,35 @@ class Ranks:
         if torch.distributed.is_initialized():
             # Control words travel on their own gloo group, so that agreeing never waits for a GPU's queue.
             self._control = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._timeout_s = timeout_s
         self._made: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
-        self.replicas = self._group(lambda at: (at.pipeline, at.tensor), timeout_s)
+        self.replicas = self._group(lambda at: (at.pipeline, at.tensor))
         """The ranks that hold the same part of the model: gradients are summed over them."""
-        self.tensor = self._group(lambda at: (at.pipeline, at.data, at.sequence), timeout_s)
+        self.tensor = self._group(lambda at: (at.pipeline, at.data, at.sequence))
         """The ranks that share every product of this one's."""
-        self.sequence = self._group(lambda at: (at.pipeline, at.data, at.tensor), timeout_s)
+        self.sequence = self._group(lambda at: (at.pipeline, at.data, at.tensor))
         """The ranks that share this one's rows."""
-        self.pipeline = self._group(lambda at: (at.data, at.sequence, at.tensor), timeout_s)
+        self.pipeline = self._group(lambda at: (at.data, at.sequence, at.tensor))
         """The stages before and after this one."""
-        self.model = self._group(lambda at: (at.data, at.sequence), timeout_s)
+        self.model = self._group(lambda at: (at.data, at.sequence))
         """The ranks that hold the parts of one copy of the model."""
 
-    def _group(self, key: Callable[[Coordinates], Hashable], timeout_s: float) -> Group:
+    def _group(self, key: Callable[[Coordinates], Hashable]) -> Group:
         """This rank's group, where those of equal keys are one. A collective of its members.
 
         Nobody else has to be there, or a start would take longer with every rank of the run.
         """
         own = tuple(r for r in range(self.size) if key(self.topology.coordinates(r)) == key(self.at))
-        if len(own) < self.size and own not in self._made:
-            limit = timedelta(seconds=timeout_s)
-            self._made[own] = torch.distributed.new_group(list(own), timeout=limit, use_local_synchronization=True)
-        return Group(own.index(self.rank), len(own), self._made.get(own))
+        return Group(own.index(self.rank), len(own), self.group_of(own) if len(own) < self.size else None)
+
+    def group_of(self, members: tuple[int, ...]) -> torch.distributed.ProcessGroup:
+        """The process group of these ranks, this one among them, made when first asked for."""
+        if members not in self._made:
+            limit = timedelta(seconds=self._timeout_s)
+            self._made[members] = torch.distributed.new_group(
+                list(members), timeout=limit, use_local_synchronization=True
+            )
+        return self._made[members]
 
     @property
     def feeds(self) -> bool:

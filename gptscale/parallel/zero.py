@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.utils import set_z3_leaf_module
 
-from gptscale.config.schema import MIN_LOSS_SCALE, PrecisionConfig, TrainRoot
-from gptscale.flow import Batch, Piece, StepResult
+from gptscale.config.schema import TrainRoot
+from gptscale.flow import Batch, StepResult
 from gptscale.model.compiling import is_compiled
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import zero_config
 from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.gradients import average_gradients, gradient_norm, prepare_update, release_kernel
 from gptscale.parallel.held import holdings
-from gptscale.parallel.loss_scale import LossScaler
 from gptscale.parallel.noise import NoiseProbe, noise_estimates
-from gptscale.parallel.optimizer_state import KnowsParameters, updates_of
+from gptscale.parallel.on_deepspeed import OnDeepSpeed
+from gptscale.parallel.optimizer_state import KnowsParameters
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Group, Ranks
-from gptscale.parallel.zero_state import sharded_state
 from gptscale.topology import BatchSplit
 
 
-class ZeroEngine:
+class ZeroEngine(OnDeepSpeed):
     def __init__(
         self,
         model: torch.nn.Module,
@@ -37,40 +35,27 @@ class ZeroEngine:
         split: BatchSplit,
         ranks: Ranks,
     ) -> None:
-        self._ranks = ranks
-        self._stage = settings.parallel.zero_stage
+        stage = settings.parallel.zero_stage
         self._clip_norm = settings.optimizer.clip_norm
         parameters = sum(parameter.numel() for parameter in model.parameters())
         held = holdings(model, ranks)
         self._counted = [parameter for parameter in model.parameters() if held[id(parameter)].first]
-        if self._stage == 3:  # compiled code has no hooks to gather weights, so its block gathers all of its own
+        if stage == 3:  # compiled code has no hooks to gather weights, so its block gathers all of its own
             for module in model.modules():
                 set_z3_leaf_module(module, is_compiled(module))
         with flat_optimizers():
-            self._engine, *_ = deepspeed.initialize(
+            engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=zero_config(self._stage, split, ranks.replicas.size, self._clip_norm, parameters),
+                config=zero_config(stage, split, ranks.replicas.size, self._clip_norm, parameters),
                 mpu=ProcessGroups(ranks),
                 dist_init_required=False,
             )
-        if self._stage < 2:
-            self._engine.enable_backward_allreduce = False  # after the last backward, by `_finish`
-        self._optimizer: Any = self._engine.optimizer
-        self._scaler: LossScaler | None = None
-        if settings.precision.compute == "fp16":
-            rule = deepspeed_scale(settings.precision)
-            self._scaler = LossScaler(rule)
-            if self._stage > 0:
-                self._optimizer.loss_scaler = rule
-                self._optimizer.dynamic_loss_scale = True
-                self._optimizer.shares = ranks.replicas.size
-        self._model: torch.nn.Module = self._engine.module
-        if self._stage > 0 and ranks.tensor.size > 1:
-            self._optimizer.peers = ranks.tensor
-            self._optimizer.not_first = frozenset(key for key, one in held.items() if not one.first)
-        self._state = sharded_state(self._stage, self._model, self._optimizer, ranks.replicas, held)
-        if self._stage > 0 and isinstance(optimizer, KnowsParameters):
+        if stage < 2:
+            engine.enable_backward_allreduce = False  # after the last backward, by `_finish`
+        self._model: torch.nn.Module = engine.module
+        super().__init__(engine, self._model, stage, settings, ranks, held)
+        if stage > 0 and isinstance(optimizer, KnowsParameters):
             optimizer.bind(self._state.flats())
 
     def train_step(
@@ -164,20 +149,6 @@ class ZeroEngine:
         logits_B1V: torch.Tensor = self._model(inputs_BT.to(device), last_B=last_B.to(device))
         return logits_B1V[:, 0]
 
-    def pieces(self) -> list[Piece]:
-        return self._state.pieces()
-
-    def updates(self) -> int:
-        return updates_of(self._optimizer if self._stage == 0 else self._optimizer.optimizer)
-
-    def loss_scaling(self) -> dict[str, Any] | None:
-        return None if self._scaler is None else self._scaler.to_json()
-
-    def loaded(self, updates: int, loss_scaling: Mapping[str, Any] | None = None) -> None:
-        if self._scaler is not None and loss_scaling is not None:
-            self._scaler.load(loss_scaling)
-        self._state.refresh(updates)
-
 
 class ProcessGroups:
     """Who works with whom, as DeepSpeed asks for it: it calls such an object `mpu`.
@@ -209,16 +180,3 @@ class ProcessGroups:
     @staticmethod
     def _handle(group: Group) -> Any:
         return torch.distributed.group.WORLD if group.handle is None else group.handle
-
-
-def deepspeed_scale(config: PrecisionConfig) -> DynamicLossScaler:
-    """DeepSpeed's own scaler; at its smallest scale the guard decides what an overflow means."""
-    return DynamicLossScaler(
-        init_scale=config.loss_scale,
-        scale_window=config.loss_scale_window,
-        min_scale=MIN_LOSS_SCALE,
-        delayed_shift=config.loss_scale_hysteresis,
-        consecutive_hysteresis=False,
-        raise_error_at_min_scale=False,
-        dtype=torch.half,
-    )

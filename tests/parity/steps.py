@@ -86,7 +86,7 @@ def record_steps(layout: Layout, folder: str, elsewhere: str | None, full: bool)
 
 def same_rule() -> int:
     """How often DeepSpeed's scaler and ours were compared and equal, over random sequences of overflows."""
-    from gptscale.parallel.zero import deepspeed_scale
+    from gptscale.parallel.on_deepspeed import deepspeed_scale
 
     random, equal = Random(0), 0
     for _ in range(200):
