@@ -11,6 +11,8 @@ from typing import Literal
 Option = bool | int | float | str | None
 """What a setting of a user's own part may be."""
 
+Activation = Literal["gelu", "swiglu", "relu2"]
+
 MIN_LOSS_SCALE = 1.0
 """No loss scale of fp16 falls below this: what overflows unscaled is a divergence, which the guard counts."""
 
@@ -61,7 +63,24 @@ class ModelConfig:
     """The sequence length that the frequencies were trained with; `llama3` and `yarn` need it."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: float = 1e-5
-    feedforward: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    feedforward: Activation = "gelu"
+    experts: int = 0
+    """Feed-forwards of a layer, of which each token passes a few. 0: one, for all tokens. Experts have no biases."""
+    experts_per_token: int = 2
+    """How many of them, chosen by a router."""
+    shared_experts: int = 0
+    """As many more that every token passes."""
+    expert_width: int | None = None
+    """Hidden features of an expert. Default: `feedforward_width`."""
+    expert_layers: tuple[Literal["experts", "dense"], ...] = ("experts",)
+    """Which layers have experts, repeated over the depth: `[dense,experts]` is every other one."""
+    expert_capacity: float = 0.0
+    """In training an expert takes the first tokens of a row that chose it, up to this many times an even share, and the
+    others do without. 0: it takes all."""
+    balance_loss: float = 0.01
+    """Weight of the loss that spreads the tokens of a row over experts. Not part of the loss that is shown."""
+    router_z_loss: float = 0.001
+    """Weight of log² of the router's denominator, likewise."""
     bias: bool = True
     """Biases on projections (and on LayerNorm)."""
     qkv_bias: bool | None = None

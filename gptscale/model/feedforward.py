@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptscale.config.schema import ModelConfig
+from gptscale.config.schema import Activation, ModelConfig
 from gptscale.config.shape import feedforward_width
 from gptscale.model.linear import Linear
 
@@ -22,9 +22,10 @@ class FeedForward(nn.Module):
     (Shazeer, arXiv 2002.05202).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, hidden: int | None = None) -> None:
+        """`hidden`: features within, where they are not what the settings say."""
         super().__init__()
-        hidden = feedforward_width(config)
+        hidden = feedforward_width(config) if hidden is None else hidden
         self.activation = config.feedforward
         self.gate = Linear(config.width, hidden, config.bias) if config.feedforward == "swiglu" else None
         self.up = Linear(config.width, hidden, config.bias)
@@ -32,12 +33,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
-        if self.gate is None:
-            hidden_BTF = gelu(up_BTF) if self.activation == "gelu" else F.relu(up_BTF).square()
-        else:
-            hidden_BTF = _GatedSilu.apply(self.gate(x_BTD), up_BTF)  # type: ignore[no-untyped-call]
-        y_BTD: Tensor = self.down(hidden_BTF)
+        y_BTD: Tensor = self.down(activate(self.activation, up_BTF, None if self.gate is None else self.gate(x_BTD)))
         return y_BTD
+
+
+def activate(name: Activation, up: Tensor, gate: Tensor | None) -> Tensor:
+    """What lies between the products of a feed-forward. SwiGLU alone has a `gate`."""
+    if gate is not None:
+        y: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
+        return y
+    return gelu(up) if name == "gelu" else F.relu(up).square()
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ Shape legend: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, Protocol
 
@@ -16,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gptscale.config.rules import check_model
 from gptscale.config.schema import ModelConfig
-from gptscale.config.shape import padded_vocab
+from gptscale.config.shape import has_experts, padded_vocab
 from gptscale.model.attention import Attention, AttentionKernel, LayerCache, LayerKind
 from gptscale.model.documents import Documents
+from gptscale.model.experts import ExpertFeedForward
 from gptscale.model.feedforward import FeedForward
 from gptscale.model.kernels import KERNELS
 from gptscale.model.linear import linear
@@ -77,7 +79,7 @@ class Block(nn.Module):
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, layer, rotary)
         self.feedforward_norm = build_norm(config)
-        self.feedforward = FeedForward(config)
+        self.feedforward = ExpertFeedForward(config) if has_experts(config, layer) else FeedForward(config)
 
     compiled_parts = "before", "after"
     """What `train.compile` compiles: all but the attention between them, whose kernels are as fast as they get."""
@@ -174,6 +176,7 @@ class GPT(nn.Module):
             BLOCKS.get(config.block)(config, layer, self.rotary) for layer in range(config.layers)
         )
         self.head = Head(config, vocab_size, self.embedding.weight if config.tied_embeddings else None)
+        self._experts = [module for module in self.modules() if isinstance(module, ExpertFeedForward)]
 
     def sequence(self) -> list[tuple[str, nn.Module]]:
         """What forward runs, in order, by canonical name: embedding, blocks.0, …, head. A pipeline cuts this list."""
@@ -197,9 +200,23 @@ class GPT(nn.Module):
         if targets_BT is None:
             return self.logits(inputs_BT, last_B=last_B)
         x_BTD = self.embedding(inputs_BT, None if documents is None else documents.positions)
-        x_BTD = self.through(range(len(self.blocks)), x_BTD, documents)
+        with self._hear_experts() as auxiliary:
+            x_BTD = self.through(range(len(self.blocks)), x_BTD, documents)
         loss: Tensor = self.head(x_BTD, targets_BT, loss_gain)
+        for of_block in auxiliary:
+            loss = loss + (of_block - of_block.detach())  # in the gradient only
         return loss
+
+    @contextmanager
+    def _hear_experts(self) -> Iterator[list[Tensor]]:
+        """Within, the auxiliary losses of blocks with experts are put on a list: those of training, with a gradient."""
+        heard: list[Tensor] = []
+        if self.training and torch.is_grad_enabled():
+            for layer in self._experts:
+                layer.heard = heard
+        yield heard
+        for layer in self._experts:  # what activation checkpointing runs again in backward has been heard
+            layer.heard = None
 
     def through(self, blocks: range, x_BTD: Tensor, documents: Documents | None = None) -> Tensor:
         """What these blocks make of the residual stream."""

@@ -1,6 +1,6 @@
 """A linear layer whose weight stays fp32 while the product runs in the type of its input.
 
-Shape legend: N rows, I input features, O output features.
+Shape legend: N rows, I input features, O output features, E weights side by side.
 """
 
 from __future__ import annotations
@@ -66,3 +66,33 @@ class _Linear(torch.autograd.Function):
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias_O = grad_y_NO.sum(0, dtype=ctx.bias_dtype)
         return grad_x, grad_weight_OI, grad_bias_O
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`linear` by several weights, each of its own rows: weight e of those from `ends_E[e − 1]` up to `ends_E[e]`."""
+    y: Tensor = _GroupedLinear.apply(x_NI, weight_EOI, ends_E)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """As `_Linear`. Where weights have their rows is known to the device alone: nobody waits for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NI, weight_EOI, ends_E)
+        if not len(x_NI):  # which torch refuses
+            return x_NI.new_empty(0, weight_EOI.shape[1])
+        return F.grouped_mm(x_NI, weight_EOI.to(x_NI.dtype).transpose(-2, -1), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x_NI, weight_EOI, ends_E = ctx.saved_tensors
+        grad_y_NO = grads[0].contiguous()
+        grad_x_NI = grad_weight_EOI = None
+        if not len(x_NI):
+            return torch.empty_like(x_NI), torch.zeros_like(weight_EOI), None
+        if ctx.needs_input_grad[0]:
+            grad_x_NI = F.grouped_mm(grad_y_NO, weight_EOI.to(grad_y_NO.dtype), offs=ends_E)
+        if ctx.needs_input_grad[1]:
+            grad_weight_EOI = F.grouped_mm(grad_y_NO.t(), x_NI, offs=ends_E).to(weight_EOI.dtype)
+        return grad_x_NI, grad_weight_EOI, None

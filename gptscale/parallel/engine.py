@@ -63,10 +63,10 @@ class Engine(Protocol):
 
 def check_parts(optimizer: torch.optim.Optimizer, name: str, ranks: Ranks) -> None:
     """Raises UserError where an optimizer wants whole matrices, and a rank has parts of the model."""
-    if ranks.model.size > 1 and isinstance(optimizer, KnowsParameters):
+    if ranks.has_parts and isinstance(optimizer, KnowsParameters):
         raise UserError(
             f"optimizer.name={name} works on whole matrices, and all of them, of which a rank has parts here\n"
-            "use parallel.tensor=1 and parallel.pipeline=1, or optimizer=adamw"
+            "set parallel.tensor, parallel.pipeline and parallel.expert to 1, or use optimizer=adamw"
         )
 
 
@@ -77,7 +77,7 @@ def build_engine(
 
     `model` and `cut` are what `spread` left and returned: parameters have their canonical names and initial weights.
     """
-    assert ranks.model.size == 1 or not isinstance(optimizer, KnowsParameters), "checked by `check_parts`"
+    assert not ranks.has_parts or not isinstance(optimizer, KnowsParameters), "checked by `check_parts`"
     model.to(ranks.device)
     if settings.parallel.engine == "plain":
         from gptscale.parallel.plain import PlainEngine

@@ -24,6 +24,7 @@ import deepspeed.runtime.engine as engine_module
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.utils import all_gather_dp_groups, combine_grad_norm_groups
 from deepspeed.runtime.zero import stage3 as stage3_module
@@ -61,8 +62,16 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
         self._partition_sums: dict[int, Tensor] = {}
         super().__init__(*args, **kwargs)
         assert self.dtype == self.gradient_accumulation_dtype == self.master_weights_and_grads_dtype == torch.float32
-        unwanted = ("cpu_offload", "has_moe_layers", "round_robin_gradients", "contiguous_gradients", "overlap_comm")
+        unwanted = ("cpu_offload", "round_robin_gradients", "contiguous_gradients", "overlap_comm")
         assert not [name for name in (*unwanted, "parameter_alignment") if getattr(self, name)]
+
+    def _configure_moe_settings(self) -> None:
+        """Experts are partitioned over the ranks that hold the same ones. Called where there are any."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            if is_moe_param(group["params"][0]):
+                sharers = self.expert_dp_process_group[group["params"][0].group_name]
+                self.real_dp_process_group[number] = sharers
+                self.partition_count[number] = dist.get_world_size(group=sharers)
 
     def initialize_optimizer_states(self) -> None:
         """Let masters and model share storage. Called just before DeepSpeed takes views of the masters."""
@@ -172,8 +181,9 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
 
     def _publish(self, group: int, partition: Tensor) -> None:
         """Hand a summed partition to `step`, with views of its members for the norm."""
-        if self._ranks(group) > 1:
-            partition.div_(self._ranks(group))
+        shares = dist.get_world_size(group=self.dp_process_group)  # of experts too: tokens come from all of them
+        if shares > 1:
+            partition.div_(shares)
         rank, size = self._rank(group), int(self.partition_size[group])
         first, place = self.grad_start_offset[group][rank], self.grad_partition_insertion_offset[group][rank]
         views: list[Tensor] = []
@@ -186,12 +196,21 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
     @torch.no_grad()
     def _flush_bucket(self) -> None:
         """Sum what backward has made ready, and keep the part that is this rank's."""
-        if not self._bucket:
-            return
-        flat = take_gradients([parameter for _, parameter in self._bucket], self._bucket_elements)
-        dist.all_reduce(flat, group=self.dp_process_group)
-        offset = 0
+        by_sharers: dict[Any, list[tuple[int, Tensor]]] = {}
         for group, parameter in self._bucket:
+            by_sharers.setdefault(self.real_dp_process_group[group], []).append((group, parameter))
+        for sharers, members in by_sharers.items():
+            self._reduce(sharers, members)
+        self._bucket.clear()
+        self._bucket_elements = 0
+
+    def _reduce(self, sharers: Any, members: list[tuple[int, Tensor]]) -> None:
+        elements = sum(parameter.numel() for _, parameter in members)
+        flat = take_gradients([parameter for _, parameter in members], elements)
+        if dist.get_world_size(group=sharers) > 1:
+            dist.all_reduce(flat, group=sharers)
+        offset = 0
+        for group, parameter in members:
             rank, size, key = self._rank(group), int(self.partition_size[group]), self.get_param_id(parameter)
             if group not in self._partition_sums:
                 self._partition_sums[group] = flat.new_zeros(size)
@@ -201,8 +220,6 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
                 count = min(parameter.numel() - source, size - target)
                 self._partition_sums[group].narrow(0, target, count).add_(flat.narrow(0, offset + source, count))
             offset += parameter.numel()
-        self._bucket.clear()
-        self._bucket_elements = 0
 
 
 class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # DeepSpeed has no types

@@ -40,7 +40,7 @@ class OnDeepSpeed:
                 self._optimizer.loss_scaler = rule
                 self._optimizer.dynamic_loss_scale = True
                 self._optimizer.shares = ranks.replicas.size
-        self._state = sharded_state(stage, model, self._optimizer, ranks.replicas, held)
+        self._state = sharded_state(stage, model, self._optimizer, held)
 
     def pieces(self) -> list[Piece]:
         return self._state.pieces()

@@ -107,7 +107,7 @@ def train_in(
     settings = composed.settings
     check = until_stopped(lambda: stop.requested)
     corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks, check), "opening the data")
-    model = build_model(settings, corpora.vocab_size, whole=ranks.model.size == 1)
+    model = build_model(settings, corpora.vocab_size, whole=not ranks.has_parts)
     all_or_none(ranks, lambda: check_kernel(model, settings, ranks.device), "choosing attention kernels")
     if settings.train.compile == "block":
         all_or_none(ranks, lambda: check_compiler(ranks.device), "trying the compiler")

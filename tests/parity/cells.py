@@ -55,7 +55,8 @@ class Cell:
     """One model and way of computing it, on whatever layout."""
 
     name: str
-    block: Literal["gpt3", "modern"]
+    block: Literal["gpt3", "gelu", "modern"]
+    """GPT-3's; the same without biases; or the usual one of today."""
     tied: bool
     compute: Literal["fp32", "bf16"]
     masks: bool = True
@@ -79,6 +80,10 @@ class Cell:
     clip_norm: float = 1.0
     seed: int = 0
     """Of the initial weights."""
+    experts: int = 0
+    experts_per_token: int = 2
+    shared_experts: int = 0
+    expert_capacity: float = 0.0
 
 
 CELLS = (
@@ -96,6 +101,13 @@ DEEP = (
     Cell("deep-untied", "modern", False, "fp32", poisoned=3, layers=4),
 )
 """For pipelines of more stages."""
+EXPERTS = (
+    Cell("experts", "modern", True, "fp32", experts=4, shared_experts=1),
+    Cell("experts-full", "modern", False, "fp32", experts=8, expert_capacity=0.75, recompute=True, poisoned=3),
+    Cell("experts-of-one", "gelu", True, "fp32", experts=4, experts_per_token=1, documents=True, windows=True),
+    Cell("experts-bf16", "modern", True, "bf16", experts=4),
+)
+"""Of two layers the second has them, but where experts are full: there both."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +119,17 @@ class Layout:
     tensor: int = 1
     sequence: int = 1
     pipeline: int = 1
+    expert: int = 1
 
     @property
     def config(self) -> ParallelConfig:
         return ParallelConfig(
-            self.engine, self.stage, pipeline=self.pipeline, tensor=self.tensor, sequence=self.sequence
+            self.engine,
+            self.stage,
+            pipeline=self.pipeline,
+            tensor=self.tensor,
+            sequence=self.sequence,
+            expert=self.expert,
         )
 
 
@@ -134,6 +152,20 @@ def settings(cell: Cell, layout: Layout, micro_batch: int) -> TrainRoot:
             norm="rmsnorm",
             feedforward="swiglu",
             bias=False,
+        )
+    if cell.block == "gelu":
+        model = replace(model, bias=False)
+    if cell.experts:
+        model = replace(
+            model,
+            experts=cell.experts,
+            experts_per_token=cell.experts_per_token,
+            shared_experts=cell.shared_experts,
+            expert_capacity=cell.expert_capacity,
+            expert_width=48,
+            expert_layers=("experts",) if cell.expert_capacity else ("dense", "experts"),
+            balance_loss=0.1,  # ten times the usual, so that one left out would show
+            router_z_loss=0.01,
         )
     if cell.extras:
         model = replace(model, qk_norm=True, logit_softcap=20.0, z_loss=1e-3, embedding_scale=2.0)
@@ -173,10 +205,10 @@ def run_cells(layout: Layout, micro_batch: int, cells: tuple[Cell, ...]) -> None
 
 def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.compute]
-    with nullcontext() if ranks.model.size == 1 else torch.device("meta"):  # as training does
+    with torch.device("meta") if ranks.has_parts else nullcontext():  # as training does
         model = GPT(root.model, VOCABULARY, LENGTH, compute)
     model.activation_checkpointing = "full" if cell.recompute and root.parallel.engine != "plain" else "none"
-    if ranks.model.size == 1:
+    if not ranks.has_parts:
         initialise(model, cell.seed)
     if cell.compiled:
         torch._dynamo.reset()
