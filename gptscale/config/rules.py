@@ -448,7 +448,7 @@ def _check_expert(settings: TrainRoot) -> None:
         )
     if parallel.zero_stage == 3:
         raise UserError(
-            f"parallel.zero_stage=3 does not go with parallel.expert={parallel.expert}: experts are shared out already\n"
+            f"parallel.zero_stage=3 does not go with parallel.expert={parallel.expert}: experts are cut already\n"
             "use parallel.zero_stage=1 or 2"
         )
     _refuse_noise(settings, "expert")
@@ -464,8 +464,8 @@ def _check_with_experts(settings: TrainRoot) -> None:
             )
     if settings.train.compile != "none":
         raise UserError(
-            f"train.compile={settings.train.compile} does not go with model.experts={model.experts}: how many tokens an "
-            "expert gets is known too late\nuse train.compile=none"
+            f"train.compile={settings.train.compile} does not go with model.experts={model.experts}: how many tokens "
+            "an expert gets is known too late\nuse train.compile=none"
         )
     if settings.optimizer.name == "muon":
         raise UserError(

@@ -1,8 +1,8 @@
 """A mixture of experts in the place of a feed-forward: a router sends each token to a few of many.
 
-Top-k routing as in GShard (Lepikhin et al., arXiv 2006.16668), with weights that sum to one as in Mixtral (Jiang et al.,
-arXiv 2401.04088); experts that all tokens pass as in DeepSeekMoE (Dai et al., arXiv 2401.06066). Which experts a token
-gets depends on what came before it in its row, and on nothing else: not on the micro-batch, nor on who computes it.
+Top-k routing as in GShard (Lepikhin et al., arXiv 2006.16668), with weights that sum to one as in Mixtral (Jiang et
+al., arXiv 2401.04088); experts that all tokens pass as in DeepSeekMoE (Dai et al., arXiv 2401.06066). Which experts a
+token gets depends on what came before it in its row, and on nothing else: not on the micro-batch, nor on who computes.
 
 Shape legend: B rows, T tokens of a row, N = B·T tokens, E experts, K experts of a token, A assignments of a token to an
 expert, D width.

@@ -75,24 +75,45 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """As `_Linear`. Where weights have their rows is known to the device alone: nobody waits for it."""
+    """As `_Linear`."""
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_NI, weight_EOI, ends_E)
-        if not len(x_NI):  # which torch refuses
-            return x_NI.new_empty(0, weight_EOI.shape[1])
-        return F.grouped_mm(x_NI, weight_EOI.to(x_NI.dtype).transpose(-2, -1), offs=ends_E)
+        return grouped_product(x_NI, weight_EOI.to(x_NI.dtype).transpose(1, 2), ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x_NI, weight_EOI, ends_E = ctx.saved_tensors
         grad_y_NO = grads[0].contiguous()
         grad_x_NI = grad_weight_EOI = None
-        if not len(x_NI):
-            return torch.empty_like(x_NI), torch.zeros_like(weight_EOI), None
         if ctx.needs_input_grad[0]:
-            grad_x_NI = F.grouped_mm(grad_y_NO, weight_EOI.to(grad_y_NO.dtype), offs=ends_E)
+            grad_x_NI = grouped_product(grad_y_NO, weight_EOI.to(grad_y_NO.dtype), ends_E)
         if ctx.needs_input_grad[1]:
-            grad_weight_EOI = F.grouped_mm(grad_y_NO.t(), x_NI, offs=ends_E).to(weight_EOI.dtype)
+            grad_weight_EOI = grouped_outer_product(grad_y_NO, x_NI, ends_E).to(weight_EOI.dtype)
         return grad_x_NI, grad_weight_EOI, None
+
+
+def grouped_product(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor, kernel: bool | None = None) -> Tensor:
+    """Each row times the matrix of its group: [N, O].
+
+    A GPU's `kernel` reads there where groups end, so that nobody waits for it. The CPU's was 1.4 times as slow as one
+    product after the other.
+    """
+    if x_NI.is_cuda if kernel is None else kernel:
+        # Of no rows at all torch says that their strides are wrong.
+        return F.grouped_mm(x_NI, weight_EIO, offs=ends_E) if len(x_NI) else x_NI.new_empty(0, weight_EIO.shape[2])
+    return torch.cat([rows @ weight for rows, weight in zip(_groups(x_NI, ends_E), weight_EIO, strict=True)])
+
+
+def grouped_outer_product(y_NO: Tensor, x_NI: Tensor, ends_E: Tensor, kernel: bool | None = None) -> Tensor:
+    """yᵀ x of each group: [E, O, I]; zeros for one without rows."""
+    if y_NO.is_cuda if kernel is None else kernel:
+        if not len(y_NO):
+            return y_NO.new_zeros(len(ends_E), y_NO.shape[1], x_NI.shape[1])
+        return F.grouped_mm(y_NO.t(), x_NI, offs=ends_E)
+    return torch.stack([y.t() @ x for y, x in zip(_groups(y_NO, ends_E), _groups(x_NI, ends_E), strict=True)])
+
+
+def _groups(rows: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
+    return rows.tensor_split(ends_E[:-1].long().cpu())

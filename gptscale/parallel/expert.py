@@ -62,13 +62,19 @@ class SharedExperts(Experts, MoE):  # type: ignore[misc]  # DeepSpeed has no typ
         expert_A = torch.arange(counts_PH.shape[1], device=x_AD.device).repeat(size)
         expert_A = expert_A.repeat_interleave(counts_PH.flatten(), output_size=sum(received))
         order_A = expert_A.argsort(stable=True)
-        back_A = torch.empty_like(order_A)
-        back_A[order_A] = torch.arange(len(order_A), device=x_AD.device)
+        back_A = _inverse(order_A)
         sorted_AD: Tensor = _Permuted.apply(arrived_AD, order_A, back_A)  # type: ignore[no-untyped-call]
         found_AD = super().forward(sorted_AD, counts_PH.sum(dim=0))
         found_AD = _Permuted.apply(found_AD, back_A, order_A)  # type: ignore[no-untyped-call]
         returned_AD: Tensor = _Exchange.apply(found_AD, received, sent, self._peers)  # type: ignore[no-untyped-call]
         return returned_AD
+
+
+def _inverse(order_A: Tensor) -> Tensor:
+    """The order that undoes this one."""
+    back_A = torch.empty_like(order_A)
+    back_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    return back_A
 
 
 def separate_experts(optimizer: torch.optim.Optimizer) -> None:

@@ -1,8 +1,8 @@
 """Which slice of each parameter a rank holds, and how it takes it.
 
-Tensor peers cut every large matrix, as in Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3): what widens (queries,
-keys, values, gate, up) by outputs, what narrows again (o, down) by inputs, embedding and head by rows of the vocabulary.
-Expert peers share out the experts.
+Tensor peers cut every large matrix, as in Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3): what widens
+(queries, keys, values, gate, up) by outputs, what narrows again (o, down) by inputs, embedding and head by rows of the
+vocabulary. Expert peers share out the experts.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from gptscale.config.schema import ParallelConfig
 from gptscale.model.gpt import GPT
 from gptscale.parallel.ranks import Ranks
-from gptscale.parallel.slices import take_slices
 from gptscale.parallel.sequence import split_sequences
+from gptscale.parallel.slices import take_slices
 from gptscale.parallel.stages import Cut, balanced, cuts, keep, parameter_weights
 from gptscale.parallel.tensor import join_slices
 

@@ -1,8 +1,8 @@
 """Tensor parallelism, applied to a model from outside: each rank of a group keeps a slice of every large matrix.
 
 `gptscale.parallel.slices` says which. Between what widens and what narrows again a rank works on its own heads and
-features alone. A block then has one sum over ranks behind attention and one behind the feed-forward, and in backward one
-in front of each. Embedding and head are cut by rows of the vocabulary, and the full logits exist nowhere.
+features alone. A block then has one sum over ranks behind attention and one behind the feed-forward, and in backward
+one in front of each. Embedding and head are cut by rows of the vocabulary, and the full logits exist nowhere.
 
 Norms, the biases of what narrows and learned positions are whole on every rank, and stay equal: each rank computes
 their gradients from the same numbers.
@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptscale.config.shape import padded_vocab
+from gptscale.model.feedforward import FeedForward
 from gptscale.model.gpt import GPT, Block
 from gptscale.model.linear import Linear, linear
 from gptscale.parallel.ranks import Group
+
 
 def join_slices(model: GPT, group: Group) -> None:
     """Have a model of which each rank of a group has taken its slices work with its peers from now on.
@@ -43,6 +45,7 @@ def join_slices(model: GPT, group: Group) -> None:
         _copy_output(block.attention_norm, group)
         _copy_output(block.feedforward_norm, group)
         block.attention.o = SummedLinear(block.attention.o, group)
+        assert isinstance(block.feedforward, FeedForward), "experts are shared out by another axis"
         block.feedforward.down = SummedLinear(block.feedforward.down, group)
         for norm in (block.attention.q_norm, block.attention.k_norm):
             if norm is not None:  # one weight for all heads, of which this rank sees some

@@ -36,6 +36,7 @@ from gptscale.model.init import initialise
 from gptscale.parallel.engine import Engine, build_engine
 from gptscale.parallel.held import holdings
 from gptscale.parallel.ranks import Ranks
+from gptscale.parallel.slices import is_of_experts
 from gptscale.parallel.spread import spread
 from gptscale.runtime.process import find_process
 from gptscale.topology import BatchSplit
@@ -106,6 +107,7 @@ EXPERTS = (
     Cell("experts-full", "modern", False, "fp32", experts=8, expert_capacity=0.75, recompute=True, poisoned=3),
     Cell("experts-of-one", "gelu", True, "fp32", experts=4, experts_per_token=1, documents=True, windows=True),
     Cell("experts-bf16", "modern", True, "bf16", experts=4),
+    Cell("experts-exact", "modern", True, "fp32", experts=4),
 )
 """Of two layers the second has them, but where experts are full: there both."""
 
@@ -217,7 +219,7 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
     split = check(root, ranks.size)
     parameters = sum(p.numel() for p in model.parameters())
     cut = spread(model, ranks, root.parallel, cell.seed)
-    here = sum(prod(held.shape) for held in holdings(model, ranks).values())
+    whole = {held.name: prod(held.shape) for held in holdings(model, ranks).values()}
     engine = build_engine(model, cut, build_optimizer(model, root.optimizer), root, split, ranks)
     recorded: dict[str, npt.NDArray[Any]] = {f"initial:{name}": x for name, x in gathered(engine, "weight").items()}
     losses, norms, heldout = [], [], []
@@ -249,7 +251,8 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         "stage": None if inner is None else inner.zero_optimization_stage(),
         "updates": engine.updates(),
         "parameters": parameters,
-        "stage_parameters": here,
+        "stage_parameters": sum(whole.values()),
+        "expert_parameters": sum(size for name, size in whole.items() if is_of_experts(name)),
         "written": sum(piece.values.numel() for piece in pieces if piece.writes and piece.kind == "weight"),
         "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind in FIRST_MOMENTS),
         "graphs": counters["stats"]["unique_graphs"] if cell.compiled else 0,

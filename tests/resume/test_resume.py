@@ -26,12 +26,15 @@ LAYOUTS = [
     ("deepspeed", 3, 4, "tensor"),
     ("deepspeed", 2, 4, "sequence"),
     ("deepspeed", 1, 2, "pipeline"),
+    ("deepspeed", 2, 4, "expert"),
 ]
 """Engine, ZeRO stage, ranks, and which axis is 2."""
 
 
 def layout(engine: str, stage: int, axis: str = "") -> list[str]:
     found = [f"parallel.engine={engine}", f"parallel.zero_stage={stage}"]
+    if axis == "expert":
+        found += ["model.experts=4", "model.expert_capacity=1.0", "model.bias=false"]
     return [*found, f"parallel.{axis}=2"] if axis else found
 
 
@@ -39,7 +42,7 @@ def layout(engine: str, stage: int, axis: str = "") -> list[str]:
 def test_a_killed_run_goes_on_bit_for_bit(
     engine: str, stage: int, count: int, axis: str, corpus: Path, tmp_path: Path
 ) -> None:
-    every_steps = 0 if axis in ("pipeline", "sequence") else 2
+    every_steps = 0 if axis in ("pipeline", "sequence", "expert") else 2
     noise = f"train.noise_scale_every_steps={every_steps}"
     whole = [*small_run(corpus, tmp_path / "whole"), *layout(engine, stage, axis), noise]
     run_training(whole, count, tmp_path)
