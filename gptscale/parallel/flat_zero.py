@@ -179,11 +179,14 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
     def _ranks(self, group: int) -> int:
         return dist.get_world_size(group=self.real_dp_process_group[group])
 
+    def _shares(self, group: int) -> int:
+        """Ranks over which a gradient is averaged. Of experts these are all, from whom their tokens come."""
+        return dist.get_world_size(group=self.dp_process_group)
+
     def _publish(self, group: int, partition: Tensor) -> None:
         """Hand a summed partition to `step`, with views of its members for the norm."""
-        shares = dist.get_world_size(group=self.dp_process_group)  # of experts too: tokens come from all of them
-        if shares > 1:
-            partition.div_(shares)
+        if self._shares(group) > 1:
+            partition.div_(self._shares(group))
         rank, size = self._rank(group), int(self.partition_size[group])
         first, place = self.grad_start_offset[group][rank], self.grad_partition_insertion_offset[group][rank]
         views: list[Tensor] = []

@@ -162,7 +162,7 @@ def assert_layout_is_real(facts: list[dict[str, Any]], cell: Cell, case: Case) -
         # The ranks that hold the same experts share out their state, those that hold others have others'.
         moments = fact["parameters"] / replicas if cell.experts and stage > 0 else here / (replicas if stage > 0 else 1)
         assert fact["moments_held"] == pytest.approx(moments, rel=0.05)
-        assert (of_experts > 0.2 * fact["parameters"]) == (cell.experts > 0)
+        assert (of_experts > 0.1 * fact["parameters"]) == (cell.experts > 0)
     assert sum(fact["written"] for fact in facts) == facts[0]["parameters"]
     stages = [facts[number]["stage_parameters"] for number in range(0, case.size, case.size // layout.pipeline)]
     vocabulary = 2048 * 64
@@ -205,7 +205,10 @@ MISTAKES: dict[str, tuple[str, Any]] = {
     "what peers hold alike counts twice": ("gptscale.parallel.flat_zero._counted", lambda gradients, *_: gradients),
 }
 EXPERT_MISTAKES: dict[str, tuple[str, Any]] = {
-    "different experts share their gradients": ("gptscale.parallel.flat_zero.is_moe_param", lambda _: False),
+    "experts learn from their holders' tokens alone": (
+        "gptscale.parallel.flat_zero.FlatZeroOptimizer._shares",
+        lambda optimizer, group: optimizer._ranks(group),
+    ),
     "auxiliary losses are left out": (
         "gptscale.model.experts.Router._losses",
         lambda _, logits, *__: torch.zeros((), device=logits.device),
