@@ -354,11 +354,26 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
     if settings.model.experts:
         _check_with_experts(settings)
     _at_least("parallel.checkpoint_interval", parallel.checkpoint_interval, 1)
+    if parallel.activation_checkpointing == "selective":
+        _check_selective(settings)
     if parallel.engine == "plain" and world_size > 1:
         raise UserError(
             f"parallel.engine=plain is one process, but the run has {world_size} ranks\n"
             "use launch.ranks=1 or parallel.engine=deepspeed"
         )
+
+
+def _check_selective(settings: TrainRoot) -> None:
+    """Our own block knows what to make again; a compiler decides by itself."""
+    for key, value, needed in (
+        ("model.block", settings.model.block, "gpt"),
+        ("train.compile", settings.train.compile, "none"),
+    ):
+        if value != needed:
+            raise UserError(
+                f"parallel.activation_checkpointing=selective does not go with {key}={value}\n"
+                f"use parallel.activation_checkpointing=full, or {key}={needed}"
+            )
 
 
 def _check_pipeline(settings: TrainRoot) -> None:

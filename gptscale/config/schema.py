@@ -13,6 +13,8 @@ Option = bool | int | float | str | None
 
 Activation = Literal["gelu", "swiglu", "relu2"]
 
+Checkpointing = Literal["none", "selective", "full"]
+
 MIN_LOSS_SCALE = 1.0
 """No loss scale of fp16 falls below this: what overflows unscaled is a divergence, which the guard counts."""
 
@@ -242,10 +244,11 @@ class ParallelConfig:
     tensor: int = 1
     sequence: int = 1
     expert: int = 1
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full`: layers keep their input only, and are computed again in backward. Costs a third more products."""
+    activation_checkpointing: Checkpointing = "none"
+    """`full`: layers keep their input only, and are computed again in backward. Costs a third more products.
+    `selective`: norms and activations are computed again, and no product."""
     checkpoint_interval: int = 1
-    """With `full`: every so manyth layer is, and the others keep what they computed."""
+    """With either: every so manyth layer is, and the others keep what they computed."""
     timeout_s: float = 600.0
     """How long a collective may wait for a peer before the run ends with an error."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gptscale.config.schema import ModelConfig
 from gptscale.config.shape import expert_width
 from gptscale.model.feedforward import FeedForward, activate
-from gptscale.model.linear import Linear, grouped_linear
+from gptscale.model.linear import Again, Linear, grouped_linear
 
 
 class Experts(nn.Module):
@@ -36,12 +36,13 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(config.experts, hidden, config.width))
         self.down = nn.Parameter(torch.empty(config.experts, config.width, hidden))
 
-    def forward(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(self, x_AD: Tensor, counts_E: Tensor, selective: bool = False) -> Tensor:
         """Rows in the order of their experts, of which expert e takes `counts_E[e]` → as many rows."""
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        up_AF = grouped_linear(x_AD, self.up, ends_E)
-        gate_AF = None if self.gate is None else grouped_linear(x_AD, self.gate, ends_E)
-        return grouped_linear(activate(self.activation, up_AF, gate_AF), self.down, ends_E)
+        widening = [self.up] if self.gate is None else [self.up, self.gate]
+        widened = [grouped_linear(x_AD, weight_EFD, ends_E) for weight_EFD in widening]
+        hidden_AF, again = activate(self.activation, *widened, selective=selective)
+        return grouped_linear(hidden_AF, self.down, ends_E, again)
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,21 @@ class ExpertFeedForward(nn.Module):
         self.heard: list[Tensor] | None = None
         """Where auxiliary losses go, while somebody listens."""
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    @property
+    def products(self) -> int:
+        """How many read x alone and could do without keeping it: none, for the router has to."""
+        return 0 if self.shared is None else self.shared.products
+
+    def forward(self, x_BTD: Tensor, again: Again | None = None) -> Tensor:
         routes, loss = self.router(x_BTD)
         if self.heard is not None:
             self.heard.append(loss)
         x_AD = _Sent.apply(x_BTD.flatten(0, 1), routes.order_A, routes.place_NK)  # type: ignore[no-untyped-call]
-        found_AD = self.experts(x_AD, routes.counts_E)
+        found_AD = self.experts(x_AD, routes.counts_E, again is not None)
         found_NKD = _Returned.apply(found_AD, routes.order_A, routes.place_NK)  # type: ignore[no-untyped-call]
         y_ND = (found_NKD * routes.weight_NK.to(found_NKD.dtype).unsqueeze(-1)).sum(dim=1)
         y_BTD: Tensor = y_ND.view_as(x_BTD)
-        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD, again)
 
 
 class _Sent(torch.autograd.Function):

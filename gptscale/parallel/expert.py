@@ -50,7 +50,7 @@ class SharedExperts(Experts, MoE):  # type: ignore[misc]  # DeepSpeed has no typ
         groups._EXPERT_PARALLEL_GROUP[self._name] = _handle(self._peers)
         groups._EXPERT_DATA_PARALLEL_GROUP[self._name] = _handle(self._replicas)
 
-    def forward(self, x_AD: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(self, x_AD: Tensor, counts_E: Tensor, selective: bool = False) -> Tensor:
         size = self._peers.size
         counts_PH = torch.empty_like(counts_E)
         dist.all_to_all_single(counts_PH, counts_E, group=self._peers.handle)
@@ -64,7 +64,7 @@ class SharedExperts(Experts, MoE):  # type: ignore[misc]  # DeepSpeed has no typ
         order_A = expert_A.argsort(stable=True)
         back_A = _inverse(order_A)
         sorted_AD: Tensor = _Permuted.apply(arrived_AD, order_A, back_A)  # type: ignore[no-untyped-call]
-        found_AD = super().forward(sorted_AD, counts_PH.sum(dim=0))
+        found_AD = super().forward(sorted_AD, counts_PH.sum(dim=0), selective)
         found_AD = _Permuted.apply(found_AD, back_A, order_A)  # type: ignore[no-untyped-call]
         returned_AD: Tensor = _Exchange.apply(found_AD, received, sent, self._peers)  # type: ignore[no-untyped-call]
         return returned_AD

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gptscale.config.shape import padded_vocab
 from gptscale.model.feedforward import FeedForward
 from gptscale.model.gpt import GPT, Block
-from gptscale.model.linear import Linear, linear
+from gptscale.model.linear import Again, Linear, linear
 from gptscale.parallel.ranks import Group
 
 
@@ -63,8 +63,8 @@ class SummedLinear(Linear):
         self.weight, self.bias = layer.weight, layer.bias
         self._group = group
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Sum.apply(linear(x, self.weight), self._group)  # type: ignore[no-untyped-call]
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        y: Tensor = _Sum.apply(linear(x, self.weight, again=again), self._group)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

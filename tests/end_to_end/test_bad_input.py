@@ -23,6 +23,7 @@ GPTSCALE = str(Path(sys.executable).parent / "gptscale")
 TINY = ("experiment=tiny",)
 PP2 = ("parallel.pipeline=2", "launch.ranks=2")
 SP2 = ("parallel.sequence=2", "launch.ranks=2")
+SELECTIVE = ("parallel.activation_checkpointing=selective",)
 EP2 = ["parallel.expert=2", "launch.ranks=2"]
 EXPERTS = ["model.experts=4", "model.bias=false"]
 TP2 = ("parallel.tensor=2", "launch.ranks=2")
@@ -97,6 +98,7 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", "model.experts=4"], ["model.experts=4", "model.bias=false"]),
         (["train", "experiment=tiny", *EXPERTS, "model.experts_per_token=5"], ["experts_per_token=5", "experts=4"]),
         (["train", "experiment=tiny", *EXPERTS, "model.expert_layers=[dense]"], ["expert_layers", "[experts]"]),
+        (["train", "experiment=tiny", *SELECTIVE, "train.compile=block"], ["selective", "train.compile=none"]),
         (["train", "experiment=tiny", "parallel.zero_stage=4"], ["parallel.zero_stage=4"]),
         (["train", "experiment=tiny", "parallel=plain", "launch.ranks=2"], ["parallel.engine=plain"]),
         (["train", "experiment=tiny", "checkpoint.keep=1"], ["checkpoint.keep=1"]),

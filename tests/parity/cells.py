@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 
 from gptscale.config.rules import check, topology_of
 from gptscale.config.schema import (
+    Checkpointing,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -68,7 +69,7 @@ class Cell:
     """Rows of several documents, which do not see each other."""
     windows: bool = False
     """Every other layer looks back on a few tokens only."""
-    recompute: bool = False
+    recompute: Checkpointing = "none"
     """Activation checkpointing of every block on the layout under test; the plain reference keeps its activations."""
     compiled: bool = False
     """Blocks by `torch.compile`."""
@@ -91,10 +92,10 @@ CELLS = (
     Cell("bf16", "gpt3", True, "bf16"),
     Cell("gpt3-tied", "gpt3", True, "fp32"),
     Cell("modern-untied", "modern", False, "fp32"),
-    Cell("recomputed", "modern", True, "fp32", recompute=True),
+    Cell("recomputed", "modern", True, "fp32", recompute="full"),
     Cell("skipped-step", "modern", True, "fp32", poisoned=3),
     Cell("muon", "gpt3", True, "fp32", poisoned=3, optimizer="muon"),
-    Cell("documents", "gpt3", True, "fp32", documents=True, windows=True, recompute=True),
+    Cell("documents", "gpt3", True, "fp32", documents=True, windows=True, recompute="selective"),
     Cell("extras", "modern", False, "fp32", documents=True, windows=True, extras=True),
 )
 DEEP = (
@@ -104,8 +105,18 @@ DEEP = (
 """For pipelines of more stages."""
 EXPERTS = (
     Cell("experts", "modern", True, "fp32", experts=4, shared_experts=1),
-    Cell("experts-full", "modern", False, "fp32", experts=8, expert_capacity=0.75, recompute=True, poisoned=3),
-    Cell("experts-of-one", "gelu", True, "fp32", experts=4, experts_per_token=1, documents=True, windows=True),
+    Cell("experts-full", "modern", False, "fp32", experts=8, expert_capacity=0.75, recompute="full", poisoned=3),
+    Cell(
+        "experts-of-one",
+        "gelu",
+        True,
+        "fp32",
+        experts=4,
+        experts_per_token=1,
+        documents=True,
+        windows=True,
+        recompute="selective",
+    ),
     Cell("experts-bf16", "modern", True, "bf16", experts=4),
     Cell("experts-exact", "modern", True, "fp32", experts=4),
 )
@@ -209,7 +220,7 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.compute]
     with torch.device("meta") if ranks.has_parts else nullcontext():  # as training does
         model = GPT(root.model, VOCABULARY, LENGTH, compute)
-    model.activation_checkpointing = "full" if cell.recompute and root.parallel.engine != "plain" else "none"
+    model.activation_checkpointing = "none" if root.parallel.engine == "plain" else cell.recompute
     if not ranks.has_parts:
         initialise(model, cell.seed)
     if cell.compiled:

@@ -34,6 +34,7 @@ CASES = (
     Case("PP2 x DP2", Layout("deepspeed", 1, pipeline=2), 4),
     Case("PP4", Layout("deepspeed", 1, pipeline=4), 4),
     Case("TP2 x PP2", Layout("deepspeed", 1, pipeline=2, tensor=2), 4),
+    Case("PP2 x TP2 x DP2", Layout("deepspeed", 1, pipeline=2, tensor=2), 8),
     *(Case(f"TP2, ZeRO-{stage}", Layout("deepspeed", stage, tensor=2), 2) for stage in range(4)),
     *(Case(f"TP2 x DP2, ZeRO-{stage}", Layout("deepspeed", stage, tensor=2), 4) for stage in (1, 3)),
     Case("TP4, ZeRO-1", Layout("deepspeed", 1, tensor=4), 4),
@@ -59,6 +60,8 @@ def fits(cell: Cell, layout: Layout, size: int) -> bool:
     if (cell.layers > 2) != (layout.pipeline > 2):
         return False
     if size > 2 and cell.layers == 2 and cell.name not in FEW:
+        return False
+    if size > 4 and cell.name not in ("gpt3-tied", "documents"):
         return False
     if layout.tensor * layout.pipeline > 1 and cell.optimizer == "muon":
         return False
@@ -175,7 +178,7 @@ def test_dropout_is_drawn_alike_but_not_in_attention(tmp_path: Path) -> None:
     Activation checkpointing draws the same again, or its gradients would be of another model.
     """
     kept = Cell("kept", "modern", True, "fp32", dropout=0.3, documents=True)
-    again = replace(kept, name="again", recompute=True)
+    again = replace(kept, name="again", recompute="full")
     ranks.run(run_cells, [Layout("deepspeed", 1, tensor=2), 2, (kept, again)], 2, tmp_path)
     first, second = (record(tmp_path, cell, 2)[0] for cell in (kept, again))
     assert {key: value.tobytes() for key, value in first.items()} == {
