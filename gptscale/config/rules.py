@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import PurePath
 
 from gptscale.config.schema import (
     MIN_LOSS_SCALE,
     DataConfig,
+    DeepSpeedConfig,
     ModelConfig,
     ParallelConfig,
     ProfileConfig,
@@ -351,6 +353,8 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
         _check_sequence(settings)
     if parallel.expert > 1:
         _check_expert(settings)
+    _check_offload(settings)
+    _check_raw(parallel)
     if settings.model.experts:
         _check_with_experts(settings)
     _at_least("parallel.checkpoint_interval", parallel.checkpoint_interval, 1)
@@ -361,6 +365,49 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
             f"parallel.engine=plain is one process, but the run has {world_size} ranks\n"
             "use launch.ranks=1 or parallel.engine=deepspeed"
         )
+
+
+def _check_offload(settings: TrainRoot) -> None:
+    parallel = settings.parallel
+    if (parallel.offload == "nvme") != (parallel.offload_path is not None):
+        if parallel.offload_path is None:
+            raise UserError(
+                "parallel.offload=nvme needs a folder on a fast disk\n"
+                "set parallel.offload_path, or parallel.offload=cpu"
+            )
+        raise UserError(
+            f"parallel.offload_path={parallel.offload_path} has no effect with parallel.offload={parallel.offload}\n"
+            "set parallel.offload=nvme, or leave the path out"
+        )
+    if parallel.offload == "none":
+        return
+    if parallel.engine == "plain" or parallel.zero_stage == 0:
+        raise UserError(
+            f"parallel.offload={parallel.offload} moves what ZeRO has shared out, from stage 1 on\n"
+            "use parallel=zero1, zero2 or zero3"
+        )
+    if settings.optimizer.name == "muon":
+        raise UserError(
+            f"parallel.offload={parallel.offload} updates on the host, where optimizer.name=muon would take for ever\n"
+            "use optimizer=adamw, or parallel.offload=none"
+        )
+
+
+def _check_raw(parallel: ParallelConfig) -> None:
+    """Of DeepSpeed's own settings, those that would change nothing."""
+    for field in fields(parallel.deepspeed.zero_optimization):
+        value = getattr(parallel.deepspeed.zero_optimization, field.name)
+        if value is None:
+            continue
+        key, from_stage = f"parallel.deepspeed.zero_optimization.{field.name}", 2 if field.name.startswith("re") else 3
+        _at_least(key, value, 0 if field.name == "stage3_param_persistence_threshold" else 1)
+        if parallel.zero_stage < from_stage:
+            raise UserError(
+                f"{key} has no effect with parallel.zero_stage={parallel.zero_stage}\n"
+                f"use parallel.zero_stage={from_stage}, or leave it out"
+            )
+    if parallel.engine == "plain" and parallel.deepspeed != DeepSpeedConfig():
+        raise UserError("parallel.deepspeed has no effect with parallel.engine=plain\nuse parallel.engine=deepspeed")
 
 
 def _check_selective(settings: TrainRoot) -> None:

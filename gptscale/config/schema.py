@@ -234,6 +234,53 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DeepSpeedZeroConfig:
+    """Sizes in elements. Default: what `gptscale.parallel.deepspeed_config` derives."""
+
+    reduce_bucket_size: int | None = None
+    """Stages 2 and 3: gradients that are reduced at a time."""
+    sub_group_size: int | None = None
+    """Stage 3, and all that follow: parameters that are updated at a time."""
+    stage3_prefetch_bucket_size: int | None = None
+    stage3_param_persistence_threshold: int | None = None
+    """Parameters up to this size stay whole on every rank."""
+    stage3_max_live_parameters: int | None = None
+    stage3_max_reuse_distance: int | None = None
+
+
+@dataclass(frozen=True)
+class DeepSpeedCommsLogger:
+    enabled: bool = False
+    verbose: bool = False
+    """Each collective as it happens. Those that are ours alone do not show."""
+    prof_all: bool = True
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class DeepSpeedFlopsProfiler:
+    enabled: bool = False
+    profile_step: int = 1
+    module_depth: int = -1
+    top_modules: int = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    zero_optimization: DeepSpeedZeroConfig = field(default_factory=DeepSpeedZeroConfig)
+    comms_logger: DeepSpeedCommsLogger = field(default_factory=DeepSpeedCommsLogger)
+    flops_profiler: DeepSpeedFlopsProfiler = field(default_factory=DeepSpeedFlopsProfiler)
+    wall_clock_breakdown: bool = False
+    """Log how long the parts of a step take, which waits for the device at each."""
+    steps_per_print: int | None = None
+    """Default: never."""
+    dump_state: bool = False
+    """Log all of DeepSpeed's settings at the start."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     """`plain`: one process and nothing else, the reference that every layout is compared with."""
@@ -249,6 +296,12 @@ class ParallelConfig:
     `selective`: norms and activations are computed again, and no product."""
     checkpoint_interval: int = 1
     """With either: every so manyth layer is, and the others keep what they computed."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's fp32 weights and state are kept and updated, in place of the GPU (ZeRO-Offload)."""
+    offload_path: str | None = None
+    """nvme only: a folder on a fast disk of every host."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """DeepSpeed's own settings, by its names: those that have an effect here. All else follows from ours."""
     timeout_s: float = 600.0
     """How long a collective may wait for a peer before the run ends with an error."""
 

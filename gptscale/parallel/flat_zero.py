@@ -37,11 +37,15 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 from torch import Tensor
 
 from gptscale.parallel.gradients import divisor, hand_to_kernel, release_kernel, steps_in_kernel, take_gradients
+from gptscale.parallel.offload import Host, move_to_host
+from gptscale.parallel.optimizer_state import kinds_of
 from gptscale.parallel.ranks import Group
 
 
 class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
     """Stages 1 and 2 over one flat buffer a group."""
+
+    offloaded = False
 
     shares = 1
     """Ranks over which gradients are averaged that ought to be summed: set by the engine, for fp16."""
@@ -72,6 +76,12 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
                 sharers = self.expert_dp_process_group[group["params"][0].group_name]
                 self.real_dp_process_group[number] = sharers
                 self.partition_count[number] = dist.get_world_size(group=sharers)
+
+    def offload(self, host: Host) -> None:
+        """From now on masters and their state are on the host. Call before the first step."""
+        self.offloaded = True
+        for group, master in enumerate(self.single_partition_of_fp32_groups):
+            move_to_host(self.optimizer, master, kinds_of(self.optimizer.param_groups[group]), host)
 
     def initialize_optimizer_states(self) -> None:
         """Let masters and model share storage. Called just before DeepSpeed takes views of the masters."""
@@ -158,9 +168,13 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
             master.grad = self._get_preflattened_grad_partition(group)
             self._release_preflattened_grad_buffers(group)
             self.averaged_gradients[group] = self.all_grad_tensors[group] = None
+            if self.offloaded:
+                master.grad = master.grad.to(master.device)
             self.unscale_and_clip_grads([master.grad], norm)
             self._optimizer_step(group)
             master.grad = None
+            if self.offloaded:
+                self.parallel_partitioned_bit16_groups[group][self._rank(group)].data.copy_(master.data)
         all_gather_dp_groups(
             groups_flat=self.bit16_groups_flat,
             partitioned_param_groups=self.parallel_partitioned_bit16_groups,
@@ -249,10 +263,18 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         super().__init__(module, *args, **kwargs)
         assert self.reduce_and_partition_stream in (None, get_accelerator().default_stream())
         assert not self.offload_optimizer
+        self.offloaded = False
         if self._alone:
             parameters: list[Any] = list(module.parameters())
             parameters[0].all_gather(parameters)
             self.parameter_offload._remove_module_hooks()
+
+    def offload(self, host: Host) -> None:
+        """From now on masters and their state are on the host. Call before the first step."""
+        self.offloaded = True
+        for sub_group, master in enumerate(self.fp32_partitioned_groups_flat):
+            group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group]]
+            move_to_host(self.optimizer, master, kinds_of(group), host)
 
     def _partition_all_parameters(self) -> None:
         if not self._alone:
@@ -333,6 +355,9 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         timers: set[str] = set()
         for sub_group in range(len(self.fp16_groups)):
             self._prepare_sub_group(sub_group, timers)
+            if self.offloaded:
+                master = self.fp32_partitioned_groups_flat[sub_group]
+                master.grad = master.grad.to(master.device)
             self.unscale_and_clip_grads(sub_group, norm)
             self._optimizer_step(sub_group)
             self._reassign_or_swap_out_partitioned_parameters(sub_group)
@@ -362,6 +387,7 @@ def _clip(optimizer: Any, gradients: list[Tensor], norm: Tensor, limit: float, s
     """Unscale and clip, in the kernel or before it. `norm` is that of the scaled gradients, known to be finite if not
     in the kernel.
     """
+    norm = norm.to(gradients[0].device)
     if not hand_to_kernel(optimizer, norm / scale, limit, scale):
         by = divisor(norm / scale, limit, scale)
         if by is not None:

@@ -21,7 +21,7 @@ from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.gradients import average_gradients, gradient_norm, prepare_update, release_kernel
 from gptscale.parallel.held import holdings
 from gptscale.parallel.noise import NoiseProbe, noise_estimates
-from gptscale.parallel.on_deepspeed import OnDeepSpeed
+from gptscale.parallel.on_deepspeed import OnDeepSpeed, let_speak
 from gptscale.parallel.optimizer_state import KnowsParameters
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Group, Ranks
@@ -37,7 +37,7 @@ class ZeroEngine(OnDeepSpeed):
         split: BatchSplit,
         ranks: Ranks,
     ) -> None:
-        stage = settings.parallel.zero_stage
+        stage, raw = settings.parallel.zero_stage, settings.parallel.deepspeed
         self._clip_norm = settings.optimizer.clip_norm
         parameters = sum(parameter.numel() for parameter in model.parameters())
         held = holdings(model, ranks)
@@ -46,6 +46,7 @@ class ZeroEngine(OnDeepSpeed):
         self._others = [parameter for parameter in model.parameters() if id(parameter) not in experts]
         self._counted = [parameter for parameter in self._others if held[id(parameter)].first]
         separate_experts(optimizer)
+        let_speak(raw)
         if stage == 3:  # compiled code has no hooks to gather weights, so its block gathers all of its own
             for module in model.modules():
                 set_z3_leaf_module(module, is_compiled(module))
@@ -53,7 +54,7 @@ class ZeroEngine(OnDeepSpeed):
             engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=zero_config(stage, split, ranks.replicas.size, self._clip_norm, parameters),
+                config=zero_config(stage, split, ranks.replicas.size, self._clip_norm, parameters, raw),
                 mpu=ProcessGroups(ranks),
                 dist_init_required=False,
             )

@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from gptscale.config.rules import check, topology_of
 from gptscale.config.schema import (
     Checkpointing,
     DataConfig,
+    DeepSpeedConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -133,6 +134,8 @@ class Layout:
     sequence: int = 1
     pipeline: int = 1
     expert: int = 1
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    raw: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     @property
     def config(self) -> ParallelConfig:
@@ -143,6 +146,9 @@ class Layout:
             tensor=self.tensor,
             sequence=self.sequence,
             expert=self.expert,
+            offload=self.offload,
+            offload_path="." if self.offload == "nvme" else None,
+            deepspeed=self.raw,
         )
 
 

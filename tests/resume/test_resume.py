@@ -27,14 +27,17 @@ LAYOUTS = [
     ("deepspeed", 2, 4, "sequence"),
     ("deepspeed", 1, 2, "pipeline"),
     ("deepspeed", 2, 4, "expert"),
+    ("deepspeed", 3, 2, "offload"),
 ]
-"""Engine, ZeRO stage, ranks, and which axis is 2."""
+"""Engine, ZeRO stage, ranks, and which axis is 2, or that state is on disk."""
 
 
 def layout(engine: str, stage: int, axis: str = "") -> list[str]:
     found = [f"parallel.engine={engine}", f"parallel.zero_stage={stage}"]
     if axis == "expert":
         found += ["model.experts=4", "model.expert_capacity=1.0", "model.bias=false"]
+    if axis == "offload":
+        return [*found, "parallel.offload=nvme", "parallel.offload_path=."]
     return [*found, f"parallel.{axis}=2"] if axis else found
 
 
