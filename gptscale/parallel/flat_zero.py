@@ -28,6 +28,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.utils import all_gather_dp_groups, combine_grad_norm_groups
 from deepspeed.runtime.zero import stage3 as stage3_module
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import (
     INITIAL_MICRO_STEP_ID,
@@ -40,6 +41,7 @@ from gptscale.parallel.gradients import divisor, hand_to_kernel, release_kernel,
 from gptscale.parallel.offload import Host, move_to_host
 from gptscale.parallel.optimizer_state import kinds_of
 from gptscale.parallel.ranks import Group
+from gptscale.parallel.slices import make
 
 
 class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
@@ -269,6 +271,14 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
             parameters[0].all_gather(parameters)
             self.parameter_offload._remove_module_hooks()
 
+    def initialize_optimizer_states(self) -> None:
+        """Let masters and partitioned weights share storage, as stages 1 and 2 do.
+
+        DeepSpeed means to, but asks whether a device equals its name, which is never so; and then holds weights twice.
+        """
+        for master, partition in zip(self.fp32_partitioned_groups_flat, self.fp16_partitioned_groups_flat, strict=True):
+            master.data = partition.data
+
     def offload(self, host: Host) -> None:
         """From now on masters and their state are on the host. Call before the first step."""
         self.offloaded = True
@@ -375,12 +385,27 @@ def flat_optimizers() -> Iterator[None]:
     # The check imports every optimizer that DeepSpeed has, Muon's compiler included: 2.5 s of CPU at each start. Ours
     # are built by `gptscale.train.optimizer`, which knows what it builds.
     engine_module.is_zero_supported_optimizer = lambda optimizer: True
+    stock_init, Init._zero_init_param = Init._zero_init_param, _make_and_partition
+    # Every rank has made the same weights (`gptscale.model.init`), or is about to.
+    broadcast = engine_module.DeepSpeedEngine._broadcast_model
+    engine_module.DeepSpeedEngine._broadcast_model = lambda engine: None
     try:
         yield
     finally:
         engine_module.DeepSpeedZeroOptimizer = stock
         stage3_module.DeepSpeedZeroOptimizer_Stage3 = stock3
         engine_module.is_zero_supported_optimizer = supported
+        engine_module.DeepSpeedEngine._broadcast_model = broadcast
+        Init._zero_init_param = stock_init
+
+
+def _make_and_partition(init: Any, parameter: Any) -> None:
+    """What stage 3 does with one parameter after the other: here each is made when its turn comes, and is whole for no
+    longer.
+    """
+    make(parameter, init.local_device)
+    init._convert_to_deepspeed_param(parameter)
+    parameter.partition()
 
 
 def _clip(optimizer: Any, gradients: list[Tensor], norm: Tensor, limit: float, scale: float) -> None:

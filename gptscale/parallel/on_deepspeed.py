@@ -68,8 +68,9 @@ def let_speak(raw: DeepSpeedConfig) -> None:
     """DeepSpeed is silent but for errors (`start_deepspeed`), unless it is asked for something that it logs."""
     if raw.dump_state or raw.comms_logger.enabled:
         logger = logging.getLogger("DeepSpeed")
-        for speaks in (logger, *logger.handlers):
-            speaks.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO)
+        for handler in logger.handlers:
+            handler.setLevel(logging.INFO)
 
 
 def deepspeed_scale(config: PrecisionConfig) -> DynamicLossScaler:

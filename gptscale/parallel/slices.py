@@ -7,9 +7,13 @@ vocabulary. Expert peers share out the experts.
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Callable
+from functools import partial
 
+import torch
+from torch import Tensor, nn
+
+from gptscale.config.schema import ModelConfig
 from gptscale.flow import TensorShard
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initial_value
@@ -47,20 +51,53 @@ def shard_of(name: str, held: torch.Size, tensor: Group, expert: Group) -> tuple
     return whole, TensorShard(dim, group.rank * held[dim], held[dim])
 
 
-def take_slices(model: GPT, tensor: Group, expert: Group, seed: int) -> None:
+def take_slices(model: GPT, tensor: Group, expert: Group, seed: int, stand_ins_on: torch.device | None = None) -> None:
     """Keep this rank's slices of what the model holds. Parameters on the meta device get their initial values.
 
-    A whole one is made at a time, so that a rank needs room for its part of the model, and no more.
+    A whole one is made at a time, so that a rank needs room for its part of the model, and no more. `stand_ins_on` a
+    device they wait for `make`: whoever partitions them further makes them, one at a time.
     """
     for name, parameter in list(model.named_parameters()):
         cut = cut_of(name, tensor, expert)
         if cut is None and not parameter.is_meta:
             continue
-        kept = initial_value(name, parameter.shape, model.config, seed) if parameter.is_meta else parameter.detach()
-        if cut is not None:
-            dim, group = cut
-            kept = kept.chunk(group.size, dim)[group.rank].clone()
+        kept: nn.Parameter
+        if parameter.is_meta:
+            value = partial(_initial_slice, name, parameter.shape, model.config, seed, cut)
+            kept = nn.Parameter(value()) if stand_ins_on is None else _stand_in(value, parameter, cut, stand_ins_on)
+        else:
+            kept = nn.Parameter(_slice(parameter.detach(), cut).clone())
         owner, _, own = name.rpartition(".")
-        setattr(model.get_submodule(owner), own, nn.Parameter(kept))
+        setattr(model.get_submodule(owner), own, kept)
     if model.config.tied_embeddings:
         model.head.weight = model.embedding.weight
+
+
+def make(parameter: nn.Parameter, device: torch.device) -> bool:
+    """Give a stand-in its initial values; False where it is none."""
+    value: Callable[[], Tensor] | None = parameter.__dict__.pop("initial", None)
+    if value is None:
+        return False
+    parameter.data = value().to(device)
+    return True
+
+
+def _stand_in(
+    value: Callable[[], Tensor], parameter: nn.Parameter, cut: tuple[int, Group] | None, device: torch.device
+) -> nn.Parameter:
+    """Of the shape of the slice, for whoever makes groups of parameters, over a single number."""
+    shape = _slice(parameter, cut).shape
+    held = nn.Parameter(torch.zeros((), device=device).expand(shape))
+    held.initial = value  # type: ignore[attr-defined]
+    return held
+
+
+def _initial_slice(
+    name: str, shape: torch.Size, config: ModelConfig, seed: int, cut: tuple[int, Group] | None
+) -> Tensor:
+    value = _slice(initial_value(name, shape, config, seed), cut)
+    return value if cut is None else value.clone()  # or the whole would stay
+
+
+def _slice(whole: Tensor, cut: tuple[int, Group] | None) -> Tensor:
+    return whole if cut is None else whole.chunk(cut[1].size, cut[0])[cut[1].rank]

@@ -11,6 +11,19 @@ from gptscale.parallel.stages import Cut, balanced, cuts, keep, parameter_weight
 from gptscale.parallel.tensor import join_slices
 
 
+def by_parts(ranks: Ranks, parallel: ParallelConfig, block: str = "gpt") -> bool:
+    """Whether a rank makes its own part of a model that comes on the meta device, and nobody the whole.
+
+    Blocks of a user's own may hold more than parameters: they are made whole, and then cut.
+    """
+    return block == "gpt" and (ranks.has_parts or (partitions(parallel) and ranks.replicas.size > 1))
+
+
+def partitions(parallel: ParallelConfig) -> bool:
+    """Whether weights are partitioned by ZeRO, which takes them one by one."""
+    return parallel.engine == "deepspeed" and parallel.zero_stage == 3
+
+
 def spread(model: GPT, ranks: Ranks, parallel: ParallelConfig, seed: int) -> Cut:
     """Apply what the ranks' coordinates ask for, before an optimizer is made of what is left of the model.
 
@@ -21,7 +34,8 @@ def spread(model: GPT, ranks: Ranks, parallel: ParallelConfig, seed: int) -> Cut
     cut = cuts(blocks)[ranks.pipeline.rank]
     if ranks.pipeline.size > 1:
         keep(model, cut)
-    take_slices(model, ranks.tensor, ranks.expert, seed)
+    later = ranks.device if by_parts(ranks, parallel) and partitions(parallel) else None
+    take_slices(model, ranks.tensor, ranks.expert, seed, later)
     join_slices(model, ranks.tensor)
     split_sequences(model, ranks.sequence)
     if ranks.expert.size > 1:

@@ -24,7 +24,7 @@ from gptscale.model.gpt import GPT
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.engine import Engine, build_engine, check_optimizer
 from gptscale.parallel.ranks import Ranks
-from gptscale.parallel.spread import spread
+from gptscale.parallel.spread import by_parts, spread
 from gptscale.runtime.errors import StoppedError
 from gptscale.runtime.seeds import derive_seed
 from gptscale.runtime.signals import StopRequest
@@ -107,7 +107,9 @@ def train_in(
     settings = composed.settings
     check = until_stopped(lambda: stop.requested)
     corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks, check), "opening the data")
-    model = build_model(settings, corpora.vocab_size, whole=not ranks.has_parts)
+    model = build_model(
+        settings, corpora.vocab_size, whole=not by_parts(ranks, settings.parallel, settings.model.block)
+    )
     all_or_none(ranks, lambda: check_kernel(model, settings, ranks.device), "choosing attention kernels")
     if settings.train.compile == "block":
         all_or_none(ranks, lambda: check_compiler(ranks.device), "trying the compiler")

@@ -39,7 +39,7 @@ from gptscale.parallel.engine import Engine, build_engine
 from gptscale.parallel.held import holdings
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.slices import is_of_experts
-from gptscale.parallel.spread import spread
+from gptscale.parallel.spread import by_parts, spread
 from gptscale.runtime.process import find_process
 from gptscale.topology import BatchSplit
 from gptscale.train.optimizer import build_optimizer
@@ -224,10 +224,10 @@ def run_cells(layout: Layout, micro_batch: int, cells: tuple[Cell, ...]) -> None
 
 def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.compute]
-    with torch.device("meta") if ranks.has_parts else nullcontext():  # as training does
+    with torch.device("meta") if by_parts(ranks, root.parallel) else nullcontext():  # as training does
         model = GPT(root.model, VOCABULARY, LENGTH, compute)
     model.activation_checkpointing = "none" if root.parallel.engine == "plain" else cell.recompute
-    if not ranks.has_parts:
+    if not by_parts(ranks, root.parallel):
         initialise(model, cell.seed)
     if cell.compiled:
         torch._dynamo.reset()
