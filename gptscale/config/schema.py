@@ -287,7 +287,9 @@ class ParallelConfig:
     zero_stage: int = 1
     pipeline: int = 1
     pipeline_layers: tuple[int, ...] | None = None
-    """Layers of each stage of the pipeline, in order. Default: so that stages have about as many parameters."""
+    """Layers of each stage of the pipeline, in order. Default: as `pipeline_balance` says."""
+    pipeline_balance: Literal["parameters", "time"] = "parameters"
+    """What stages have about as much of, embedding and head counted. `time` is measured as the run starts, and kept."""
     tensor: int = 1
     sequence: int = 1
     expert: int = 1

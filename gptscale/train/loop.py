@@ -29,6 +29,7 @@ from gptscale.runtime.errors import StoppedError
 from gptscale.runtime.seeds import derive_seed
 from gptscale.runtime.signals import StopRequest
 from gptscale.topology import BatchSplit
+from gptscale.train.balance import with_layers
 from gptscale.train.check import check_run
 from gptscale.train.guard import Guard
 from gptscale.train.kernels import as_json, check_kernel, choose_kernels, described, kept
@@ -115,7 +116,7 @@ def train_in(
         all_or_none(ranks, lambda: check_compiler(ranks.device), "trying the compiler")
         LOG.info("blocks are compiled in the first step, which takes longer")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    cut = spread(model, ranks, settings.parallel, settings.run.seed)
+    cut = spread(model, ranks, with_layers(settings, corpora.vocab_size, folder.path, ranks), settings.run.seed)
     optimizer = build_optimizer(model, settings.optimizer)
     all_or_none(ranks, lambda: check_optimizer(optimizer, settings, ranks), "making the optimizer")
     engine = all_or_none(
