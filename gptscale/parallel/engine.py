@@ -12,7 +12,7 @@ from gptscale.flow import Batch, Piece, StepResult
 from gptscale.model.gpt import GPT
 from gptscale.parallel.optimizer_state import KnowsParameters
 from gptscale.parallel.ranks import Ranks
-from gptscale.parallel.stages import Cut
+from gptscale.plan.stages import Cut
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 

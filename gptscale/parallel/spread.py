@@ -6,8 +6,9 @@ from gptscale.config.schema import ParallelConfig
 from gptscale.model.gpt import GPT
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.sequence import split_sequences
-from gptscale.parallel.stages import Cut, balanced, cuts, keep, parameter_weights
+from gptscale.parallel.stages import keep, parameter_weights
 from gptscale.parallel.tensor import join_slices, take_slices
+from gptscale.plan.stages import Cut, balanced, cuts
 
 
 def spread(model: GPT, ranks: Ranks, parallel: ParallelConfig, seed: int) -> Cut:

@@ -15,7 +15,8 @@ from gptscale.config.schema import ModelConfig
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.ranks import Group
-from gptscale.parallel.stages import balanced, cuts, keep, parameter_weights
+from gptscale.parallel.stages import keep, parameter_weights
+from gptscale.plan.stages import balanced, cuts
 from gptscale.parallel.tensor import take_slices
 
 def kib(field):

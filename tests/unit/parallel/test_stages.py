@@ -11,8 +11,9 @@ import torch
 from gptscale.config.schema import ModelConfig
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
-from gptscale.parallel.stages import balanced, cuts, keep, parameter_weights
+from gptscale.parallel.stages import keep, parameter_weights
 from gptscale.parallel.tensor import shard_of
+from gptscale.plan.stages import balanced, cuts
 
 
 def heaviest(weights: list[float], counts: tuple[int, ...]) -> float:
