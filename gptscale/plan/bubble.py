@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def bubble(stages: int, micro_batches: int) -> float:
     """Share of a schedule's time in which a stage has nothing to compute: (S − 1) / (M + S − 1).
@@ -10,4 +12,14 @@ def bubble(stages: int, micro_batches: int) -> float:
     last one leaves it, S − 1 of the M + S − 1 turns of a stage are empty. Narayanan et al. (arXiv 2104.04473, section
     2.2) give the same as a share of the time that is computed, (S − 1) / M.
     """
-    return (stages - 1) / (micro_batches + stages - 1)
+    return uneven_bubble([1.0] * stages, micro_batches)
+
+
+def uneven_bubble(stage_s: Sequence[float], micro_batches: int) -> float:
+    """The same of stages that take these times, in seconds, for a micro-batch's forward and backward: their mean share.
+
+    The longest works all the time but while a micro-batch is in the others: M · max + Σ others.
+    """
+    longest, total = max(stage_s), sum(stage_s)
+    span_s = micro_batches * longest + total - longest
+    return 1 - micro_batches * total / (len(stage_s) * span_s)

@@ -34,14 +34,17 @@ class Parameter:
         return replace(self, shape=tuple(shape))
 
 
-def parts(model: ModelConfig, vocab_size: int, sequence_length: int) -> list[list[Parameter]]:
-    """Parameters of embedding, blocks and head, in the order of `GPT.sequence()`. A tied weight is in both ends."""
+def parts(model: ModelConfig, vocab_size: int, positions: int) -> list[list[Parameter]]:
+    """Parameters of embedding, blocks and head, in the order of `GPT.sequence()`. A tied weight is in both ends.
+
+    `positions`: rows of a learned position table.
+    """
     assert model.block == "gpt"
     width, table = model.width, (padded_vocab(vocab_size, model.vocab_multiple), model.width)
     embedding = [Parameter("embedding.weight", table, 0)]
     tied = embedding if model.tied_embeddings else [Parameter("head.weight", table, 0)]
     if model.positions == "learned":
-        embedding = [*embedding, Parameter("embedding.positions", (sequence_length, width))]
+        embedding = [*embedding, Parameter("embedding.positions", (positions, width))]
     blocks = [_block(model, f"blocks.{layer}") for layer in range(model.layers)]
     return [embedding, *blocks, [*tied, *_norm(model, "head.norm")]]
 

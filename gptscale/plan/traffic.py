@@ -15,6 +15,7 @@ from typing import Literal
 from gptscale.config.rules import topology_of
 from gptscale.config.schema import ModelConfig, ParallelConfig, TrainRoot
 from gptscale.config.shape import head_width, kv_heads
+from gptscale.config.stages import longest_sequence
 from gptscale.plan.collectives import Operation, Payload, wire_bytes
 from gptscale.plan.parameters import Parameter, held, parts
 from gptscale.plan.stages import Cut, balanced, cuts
@@ -56,6 +57,8 @@ class Step:
     model: ModelConfig
     vocab_size: int
     sequence_length: int
+    positions: int
+    """That a learned table has: of the longest sequences of a run."""
     compute: Literal["fp32", "bf16", "fp16"]
     parallel: ParallelConfig
     topology: Topology
@@ -68,6 +71,7 @@ class Step:
             settings.model,
             settings.tokenizer.vocab_size,
             settings.data.sequence_length,
+            longest_sequence(settings.data),
             settings.precision.compute,
             settings.parallel,
             topology_of(settings.parallel, world_size),
@@ -92,7 +96,7 @@ class Step:
 
 def step_traffic(step: Step, stage: int = 0) -> list[Transfer]:
     """What each rank of this stage of the pipeline hands to its peers, where any are asked; the stage's are alike."""
-    whole = parts(step.model, step.vocab_size, step.sequence_length)
+    whole = parts(step.model, step.vocab_size, step.positions)
     topology = step.topology
     blocks = step.parallel.pipeline_layers or balanced(
         [sum(parameter.numel for parameter in part) for part in whole], topology.pipeline
@@ -223,7 +227,7 @@ def _pipeline(step: Step, cut: Cut) -> Iterator[Transfer]:
     neighbours = (not cut.first) + (not cut.last)
     yield Transfer("pipeline", "send", 2, neighbours * step.activation_bytes)
     if step.model.tied_embeddings and (cut.first or cut.last):
-        (weight, *_), *_ = parts(step.model, step.vocab_size, step.sequence_length)
+        (weight, *_), *_ = parts(step.model, step.vocab_size, step.positions)
         yield Transfer("tied embedding", "all-reduce", 2, _FP32 * weight.sliced(step.topology.tensor).numel)
 
 

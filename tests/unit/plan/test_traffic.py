@@ -24,7 +24,7 @@ def step(ranks: int, accumulation: int = 3, model: ModelConfig = MODEL, compute:
     config = ParallelConfig(**parallel)
     topology = Topology(ranks, config.pipeline, config.sequence, config.tensor)
     split = split_batch(2 * accumulation * topology.data, 2, topology.data)
-    return Step(model, 100, TOKENS, compute, config, topology, split)
+    return Step(model, 100, TOKENS, TOKENS, compute, config, topology, split)
 
 
 def by_purpose(step: Step, stage: int = 0) -> dict[str, list[Transfer]]:
