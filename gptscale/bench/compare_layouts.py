@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gptscale.bench.contender import MATMUL, Contender
 from gptscale.bench.group import BenchError
-from gptscale.bench.layouts import expected
+from gptscale.bench.layouts import expected, is_one_pipeline
 from gptscale.bench.report import Report
 from gptscale.bench.step import bench_step
 from gptscale.bench.turns import Watched
@@ -70,7 +70,7 @@ def bench_layouts(
     left_out: Mapping[str, str],
 ) -> LayoutsReport:
     """As `bench_step`, some contenders at a time; and what they send, which has to be what the formulas say."""
-    pipelines = [c.name for c in contenders if c.settings.parallel.pipeline == bench.ranks]
+    pipelines = [contender.name for contender in contenders if is_one_pipeline(contender)]
     cores = describe_host().cores
     too_few = bench.ranks * bench.threads > cores
     watched = {} if too_few else dict.fromkeys(pipelines, bench.micro_batches)

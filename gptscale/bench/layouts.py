@@ -75,13 +75,19 @@ def build_layouts(settings: BenchLayoutsRoot) -> tuple[list[Contender], dict[str
             if bench.contenders:
                 raise
             left_out[name] = str(error).splitlines()[0]
-    pipelines = [c.split.accumulation for c in contenders if c.settings.parallel.pipeline > 1]
-    if pipelines and max(bench.micro_batches, default=0) > min(pipelines):
-        raise UserError(
-            f"bench.micro_batches: a pipeline's step has {min(pipelines)} micro-batches here\n"
-            "use at most as many, or a larger train.global_batch"
-        )
+    for contender in contenders:
+        most = contender.split.accumulation
+        if is_one_pipeline(contender) and max(bench.micro_batches, default=0) > most:
+            raise UserError(
+                f"bench.micro_batches={list(bench.micro_batches)}: a step of {contender.name} has {most}\n"
+                "use at most as many, or a larger train.global_batch"
+            )
     return [*contenders, one_step(MATMUL, "matmul", replicated)], left_out
+
+
+def is_one_pipeline(contender: Contender) -> bool:
+    """Whether its ranks are the stages of one pipeline, whose bubble can be seen."""
+    return contender.kind == "engine" and contender.settings.parallel.pipeline == contender.ranks
 
 
 def expected(contender: Contender) -> list[Payload]:
