@@ -98,7 +98,7 @@ def test_any_other_byte_operation_or_rank_is_refused() -> None:
         {operation: count for operation, count in honest[1].items() if operation != ("send", 2)},
     ]
     for of_rank in wrong:
-        with pytest.raises(BenchError, match="pipeline2: rank 1 hands .* and by formula .*\nno figures are reported"):
+        with pytest.raises(BenchError, match=r"pipeline2: rank 1 hands .* and by formula .*\nno figures are reported"):
             check_sent(pipeline, [honest[0], of_rank])
 
 
