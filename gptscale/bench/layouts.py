@@ -141,6 +141,7 @@ def _with_layout(settings: BenchLayoutsRoot, layout: Layout) -> BenchLayoutsRoot
         pipeline_layers=settings.parallel.pipeline_layers if layout.pipeline > 1 else None,
         tensor=layout.tensor,
         sequence=layout.sequence,
+        expert=1,
     )
     return replace(settings, parallel=parallel)
 
@@ -158,9 +159,11 @@ def _check(settings: BenchLayoutsRoot) -> None:
         raise UserError(f"bench.together={bench.together} is below 1\nset bench.together=1 or more")
     if min(bench.micro_batches, default=1) < 1:
         raise UserError(f"bench.micro_batches={list(bench.micro_batches)} has one below 1\nset 1 or more, e.g. [2,4,8]")
-    if settings.optimizer.name != "adamw" or model.block != "gpt":
-        key, value = ("optimizer.name", "adamw") if settings.optimizer.name != "adamw" else ("model.block", "gpt")
-        raise UserError(f"{key}: what a step sends has a formula for {value} only\nuse {key}={value}")
+    wanted = {"optimizer.name": (settings.optimizer.name, "adamw"), "model.block": (model.block, "gpt")}
+    wanted |= {"model.experts": (str(model.experts), "0"), "parallel.offload": (settings.parallel.offload, "none")}
+    for key, (value, described) in wanted.items():
+        if value != described:
+            raise UserError(f"{key}={value}: what a step sends has a formula for {key}={described}\nuse that")
     if model.dropout:
         raise UserError(
             f"model.dropout={model.dropout}: layouts drop other elements, and so have other losses\nuse model.dropout=0"

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import PurePath
 
 from gptscale.config.schema import (
     MIN_LOSS_SCALE,
     DataConfig,
+    DeepSpeedConfig,
     ModelConfig,
     ParallelConfig,
     ProfileConfig,
@@ -83,6 +85,8 @@ def check_model(model: ModelConfig) -> None:
         )
     _check_windows(model)
     _check_rope_scaling(model)
+    if model.experts:
+        _check_experts(model)
     _at_least("model.logit_softcap", model.logit_softcap, 0)
     _at_least("model.z_loss", model.z_loss, 0)
     if not 0 <= model.dropout < 1:
@@ -99,6 +103,33 @@ def _check_windows(model: ModelConfig) -> None:
     elif "window" in model.attention_pattern:
         raise UserError(
             "model.attention_pattern has window layers, and model.window is not set\nset it, e.g. model.window=256"
+        )
+
+
+def _check_experts(model: ModelConfig) -> None:
+    for key, least in (("experts", 2), ("experts_per_token", 1), ("shared_experts", 0), ("expert_capacity", 0)):
+        _at_least(f"model.{key}", getattr(model, key), least)
+    _at_least("model.balance_loss", model.balance_loss, 0)
+    _at_least("model.router_z_loss", model.router_z_loss, 0)
+    if model.expert_width is not None:
+        _at_least("model.expert_width", model.expert_width, 1)
+    if model.experts_per_token > model.experts:
+        raise UserError(
+            f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}\n"
+            f"use model.experts_per_token={model.experts} or fewer"
+        )
+    if "experts" not in model.expert_layers:
+        raise UserError(
+            f"model.experts={model.experts}, and model.expert_layers names no layer that has them\n"
+            "use model.expert_layers=[experts], or [dense,experts] for every other layer"
+        )
+    if model.bias:
+        raise UserError(
+            f"model.experts={model.experts}, and experts have no biases\nset model.bias=false, or model.experts=0"
+        )
+    if model.block != "gpt":
+        raise UserError(
+            f"model.experts={model.experts} is for model.block=gpt, and model.block={model.block}\nset model.experts=0"
         )
 
 
@@ -312,11 +343,7 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
     parallel = settings.parallel
     if parallel.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"parallel.zero_stage={parallel.zero_stage} is not known\nchoose 0, 1, 2 or 3")
-    if parallel.expert != 1:
-        raise UserError(
-            f"parallel.expert={parallel.expert}: this version has no mixture of experts\nuse parallel.expert=1"
-        )
-    for axis in ("pipeline", "tensor", "sequence"):
+    for axis in ("pipeline", "tensor", "sequence", "expert"):
         _at_least(f"parallel.{axis}", getattr(parallel, axis), 1)
     if parallel.pipeline > 1 or parallel.pipeline_layers is not None:
         _check_pipeline(settings)
@@ -324,12 +351,76 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
         _check_tensor(settings)
     if parallel.sequence > 1:
         _check_sequence(settings)
+    if parallel.expert > 1:
+        _check_expert(settings)
+    _check_offload(settings)
+    _check_raw(parallel)
+    if settings.model.experts:
+        _check_with_experts(settings)
     _at_least("parallel.checkpoint_interval", parallel.checkpoint_interval, 1)
+    if parallel.activation_checkpointing == "selective":
+        _check_selective(settings)
     if parallel.engine == "plain" and world_size > 1:
         raise UserError(
             f"parallel.engine=plain is one process, but the run has {world_size} ranks\n"
             "use launch.ranks=1 or parallel.engine=deepspeed"
         )
+
+
+def _check_offload(settings: TrainRoot) -> None:
+    parallel = settings.parallel
+    if (parallel.offload == "nvme") != (parallel.offload_path is not None):
+        if parallel.offload_path is None:
+            raise UserError(
+                "parallel.offload=nvme needs a folder on a fast disk\n"
+                "set parallel.offload_path, or parallel.offload=cpu"
+            )
+        raise UserError(
+            f"parallel.offload_path={parallel.offload_path} has no effect with parallel.offload={parallel.offload}\n"
+            "set parallel.offload=nvme, or leave the path out"
+        )
+    if parallel.offload == "none":
+        return
+    if parallel.engine == "plain" or parallel.zero_stage == 0:
+        raise UserError(
+            f"parallel.offload={parallel.offload} moves what ZeRO has shared out, from stage 1 on\n"
+            "use parallel=zero1, zero2 or zero3"
+        )
+    if settings.optimizer.name == "muon":
+        raise UserError(
+            f"parallel.offload={parallel.offload} updates on the host, where optimizer.name=muon would take for ever\n"
+            "use optimizer=adamw, or parallel.offload=none"
+        )
+
+
+def _check_raw(parallel: ParallelConfig) -> None:
+    """Of DeepSpeed's own settings, those that would change nothing."""
+    for field in fields(parallel.deepspeed.zero_optimization):
+        value = getattr(parallel.deepspeed.zero_optimization, field.name)
+        if value is None:
+            continue
+        key, from_stage = f"parallel.deepspeed.zero_optimization.{field.name}", 2 if field.name.startswith("re") else 3
+        _at_least(key, value, 0 if field.name == "stage3_param_persistence_threshold" else 1)
+        if parallel.zero_stage < from_stage:
+            raise UserError(
+                f"{key} has no effect with parallel.zero_stage={parallel.zero_stage}\n"
+                f"use parallel.zero_stage={from_stage}, or leave it out"
+            )
+    if parallel.engine == "plain" and parallel.deepspeed != DeepSpeedConfig():
+        raise UserError("parallel.deepspeed has no effect with parallel.engine=plain\nuse parallel.engine=deepspeed")
+
+
+def _check_selective(settings: TrainRoot) -> None:
+    """Our own block knows what to make again; a compiler decides by itself."""
+    for key, value, needed in (
+        ("model.block", settings.model.block, "gpt"),
+        ("train.compile", settings.train.compile, "none"),
+    ):
+        if value != needed:
+            raise UserError(
+                f"parallel.activation_checkpointing=selective does not go with {key}={value}\n"
+                f"use parallel.activation_checkpointing=full, or {key}={needed}"
+            )
 
 
 def _check_pipeline(settings: TrainRoot) -> None:
@@ -402,6 +493,47 @@ def _check_sequence(settings: TrainRoot) -> None:
             )
     _check_cut(settings, "sequence")
     _refuse_noise(settings, "sequence")
+
+
+def _check_expert(settings: TrainRoot) -> None:
+    """Every expert rank has as many experts as the others."""
+    model, parallel = settings.model, settings.parallel
+    if not model.experts:
+        raise UserError(
+            f"parallel.expert={parallel.expert} shares out experts, and model.experts=0: the model has none\n"
+            "set model.experts, e.g. model.experts=8, or parallel.expert=1"
+        )
+    if model.experts % parallel.expert:
+        raise UserError(
+            f"parallel.expert={parallel.expert} does not divide model.experts={model.experts}\n"
+            f"use parallel.expert={_nearest_divisor(model.experts, parallel.expert)}"
+        )
+    if parallel.zero_stage == 3:
+        raise UserError(
+            f"parallel.zero_stage=3 does not go with parallel.expert={parallel.expert}: experts are cut already\n"
+            "use parallel.zero_stage=1 or 2"
+        )
+    _refuse_noise(settings, "expert")
+
+
+def _check_with_experts(settings: TrainRoot) -> None:
+    model, parallel = settings.model, settings.parallel
+    for axis in ("pipeline", "tensor", "sequence"):
+        if getattr(parallel, axis) > 1:
+            raise UserError(
+                f"model.experts={model.experts} does not go with parallel.{axis}={getattr(parallel, axis)}\n"
+                f"use parallel.{axis}=1, and parallel.expert to share out the experts"
+            )
+    if settings.train.compile != "none":
+        raise UserError(
+            f"train.compile={settings.train.compile} does not go with model.experts={model.experts}: how many tokens "
+            "an expert gets is known too late\nuse train.compile=none"
+        )
+    if settings.optimizer.name == "muon":
+        raise UserError(
+            f"optimizer.name=muon works on matrices, and model.experts={model.experts} are stacks of them\n"
+            "use optimizer=adamw"
+        )
 
 
 def _refuse_muon(settings: TrainRoot, axis: str) -> None:

@@ -11,6 +11,10 @@ from typing import Literal
 Option = bool | int | float | str | None
 """What a setting of a user's own part may be."""
 
+Activation = Literal["gelu", "swiglu", "relu2"]
+
+Checkpointing = Literal["none", "selective", "full"]
+
 MIN_LOSS_SCALE = 1.0
 """No loss scale of fp16 falls below this: what overflows unscaled is a divergence, which the guard counts."""
 
@@ -61,7 +65,24 @@ class ModelConfig:
     """The sequence length that the frequencies were trained with; `llama3` and `yarn` need it."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: float = 1e-5
-    feedforward: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    feedforward: Activation = "gelu"
+    experts: int = 0
+    """Feed-forwards of a layer, of which each token passes a few. 0: one, for all tokens. Experts have no biases."""
+    experts_per_token: int = 2
+    """How many of them, chosen by a router."""
+    shared_experts: int = 0
+    """As many more that every token passes."""
+    expert_width: int | None = None
+    """Hidden features of an expert. Default: `feedforward_width`."""
+    expert_layers: tuple[Literal["experts", "dense"], ...] = ("experts",)
+    """Which layers have experts, repeated over the depth: `[dense,experts]` is every other one."""
+    expert_capacity: float = 0.0
+    """In training an expert takes the first tokens of a row that chose it, up to this many times an even share, and the
+    others do without. 0: it takes all."""
+    balance_loss: float = 0.01
+    """Weight of the loss that spreads the tokens of a row over experts. Not part of the loss that is shown."""
+    router_z_loss: float = 0.001
+    """Weight of log² of the router's denominator, likewise."""
     bias: bool = True
     """Biases on projections (and on LayerNorm)."""
     qkv_bias: bool | None = None
@@ -213,6 +234,53 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DeepSpeedZeroConfig:
+    """Sizes in elements. Default: what `gptscale.parallel.deepspeed_config` derives."""
+
+    reduce_bucket_size: int | None = None
+    """Stages 2 and 3: gradients that are reduced at a time."""
+    sub_group_size: int | None = None
+    """Stage 3, and all that follow: parameters that are updated at a time."""
+    stage3_prefetch_bucket_size: int | None = None
+    stage3_param_persistence_threshold: int | None = None
+    """Parameters up to this size stay whole on every rank."""
+    stage3_max_live_parameters: int | None = None
+    stage3_max_reuse_distance: int | None = None
+
+
+@dataclass(frozen=True)
+class DeepSpeedCommsLogger:
+    enabled: bool = False
+    verbose: bool = False
+    """Each collective as it happens. Those that are ours alone do not show."""
+    prof_all: bool = True
+    debug: bool = False
+
+
+@dataclass(frozen=True)
+class DeepSpeedFlopsProfiler:
+    enabled: bool = False
+    profile_step: int = 1
+    module_depth: int = -1
+    top_modules: int = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    zero_optimization: DeepSpeedZeroConfig = field(default_factory=DeepSpeedZeroConfig)
+    comms_logger: DeepSpeedCommsLogger = field(default_factory=DeepSpeedCommsLogger)
+    flops_profiler: DeepSpeedFlopsProfiler = field(default_factory=DeepSpeedFlopsProfiler)
+    wall_clock_breakdown: bool = False
+    """Log how long the parts of a step take, which waits for the device at each."""
+    steps_per_print: int | None = None
+    """Default: never."""
+    dump_state: bool = False
+    """Log all of DeepSpeed's settings at the start."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     """`plain`: one process and nothing else, the reference that every layout is compared with."""
@@ -223,10 +291,17 @@ class ParallelConfig:
     tensor: int = 1
     sequence: int = 1
     expert: int = 1
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full`: layers keep their input only, and are computed again in backward. Costs a third more products."""
+    activation_checkpointing: Checkpointing = "none"
+    """`full`: layers keep their input only, and are computed again in backward. Costs a third more products.
+    `selective`: norms and activations are computed again, and no product."""
     checkpoint_interval: int = 1
-    """With `full`: every so manyth layer is, and the others keep what they computed."""
+    """With either: every so manyth layer is, and the others keep what they computed."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's fp32 weights and state are kept and updated, in place of the GPU (ZeRO-Offload)."""
+    offload_path: str | None = None
+    """nvme only: a folder on a fast disk of every host."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """DeepSpeed's own settings, by its names: those that have an effect here. All else follows from ours."""
     timeout_s: float = 600.0
     """How long a collective may wait for a peer before the run ends with an error."""
 

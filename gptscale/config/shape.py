@@ -47,3 +47,13 @@ def feedforward_width(config: ModelConfig) -> int:
         return 4 * config.width
     exact_thirds = 8 * config.width
     return -(-exact_thirds // (3 * FEEDFORWARD_MULTIPLE)) * FEEDFORWARD_MULTIPLE
+
+
+def has_experts(config: ModelConfig, layer: int) -> bool:
+    """Whether a layer's feed-forward is a mixture of experts."""
+    return config.experts > 0 and config.expert_layers[layer % len(config.expert_layers)] == "experts"
+
+
+def expert_width(config: ModelConfig) -> int:
+    """Hidden features of one expert."""
+    return feedforward_width(config) if config.expert_width is None else config.expert_width

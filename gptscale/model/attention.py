@@ -14,7 +14,7 @@ from gptscale.config.schema import ModelConfig
 from gptscale.config.shape import head_width, kv_heads, qkv_bias, window_of_layer
 from gptscale.model.documents import Documents
 from gptscale.model.kernels import KERNELS, Case, KernelName, rule, torch_attention
-from gptscale.model.linear import Linear
+from gptscale.model.linear import Again, Linear
 from gptscale.model.norm import RMSNorm
 from gptscale.model.positions import RotaryTable, Turns, rotate
 
@@ -70,12 +70,12 @@ class Attention(nn.Module):
             return None
         return self.rotary.turns(x_BTD.shape[1], x_BTD.device, None if cache is None else cache.positions_BT)
 
-    def project(self, x_BTD: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, W], keys and values [B, T, K, W] of the new tokens."""
+    def project(self, x_BTD: Tensor, turns: Turns | None, again: Again | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, W], keys and values [B, T, K, W] of the new tokens; `again` makes x in backward."""
         batch, tokens, _ = x_BTD.shape
-        q_BTHW = self.q(x_BTD).view(batch, tokens, -1, self.head_width)
-        k_BTKW = self.k(x_BTD).view(batch, tokens, -1, self.head_width)
-        v_BTKW = self.v(x_BTD).view(batch, tokens, -1, self.head_width)
+        q_BTHW = self.q(x_BTD, again).view(batch, tokens, -1, self.head_width)
+        k_BTKW = self.k(x_BTD, again).view(batch, tokens, -1, self.head_width)
+        v_BTKW = self.v(x_BTD, again).view(batch, tokens, -1, self.head_width)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHW, k_BTKW = self.q_norm(q_BTHW), self.k_norm(k_BTKW)
         if turns is not None:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from gptscale.config.schema import ModelConfig
-from gptscale.config.shape import feedforward_width, head_width, kv_heads, padded_vocab, qkv_bias, window_of_layer
+from gptscale.config.shape import (
+    expert_width,
+    feedforward_width,
+    has_experts,
+    head_width,
+    kv_heads,
+    padded_vocab,
+    qkv_bias,
+    window_of_layer,
+)
 
 
 def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
@@ -23,17 +32,18 @@ def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) 
         into_feedforward = 2 if config.feedforward == "swiglu" else 1
         biases += 2 * config.width + into_feedforward * feedforward_width(config)
     head_norms = 2 * head_width(config) if config.qk_norm else 0
-    block = _block_matrices(config) + biases + 2 * norm + head_norms
-    return tables + positions + config.layers * block + norm
+    matrices = sum(_block_matrices(config, layer, config.experts) for layer in range(config.layers))
+    return tables + positions + matrices + config.layers * (biases + 2 * norm + head_norms) + norm
 
 
 def matmul_parameter_count(config: ModelConfig, vocab_size: int) -> int:
-    """Parameters that multiply every token: all matrices of the blocks, and the head (tied or not) with its padding.
+    """Parameters that multiply a token: the matrices of the blocks, and the head (tied or not) with its padding. Of
+    experts those that it passes.
 
     Embedding look-ups, position tables, norms and biases are left out.
     """
     head = padded_vocab(vocab_size, config.vocab_multiple) * config.width
-    return config.layers * _block_matrices(config) + head
+    return sum(_block_matrices(config, layer, config.experts_per_token) for layer in range(config.layers)) + head
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
@@ -59,7 +69,11 @@ def _keys_seen(window: int | None, tokens: int) -> int:
     return reach * (reach + 1) // 2 + (tokens - reach) * reach
 
 
-def _block_matrices(config: ModelConfig) -> int:
+def _block_matrices(config: ModelConfig, layer: int, experts: int) -> int:
+    """With so many of the experts, where the layer has any."""
     attention = 2 * config.width * (config.heads + kv_heads(config)) * head_width(config)
-    feedforward = (3 if config.feedforward == "swiglu" else 2) * config.width * feedforward_width(config)
-    return attention + feedforward
+    of_feature = (3 if config.feedforward == "swiglu" else 2) * config.width
+    if not has_experts(config, layer):
+        return attention + of_feature * feedforward_width(config)
+    router = config.width * config.experts
+    return attention + router + of_feature * (experts + config.shared_experts) * expert_width(config)

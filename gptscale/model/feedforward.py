@@ -6,15 +6,16 @@ Shape legend: B batch, T tokens, D width, F hidden width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptscale.config.schema import ModelConfig
+from gptscale.config.schema import Activation, ModelConfig
 from gptscale.config.shape import feedforward_width
-from gptscale.model.linear import Linear
+from gptscale.model.linear import Again, Linear
 
 
 class FeedForward(nn.Module):
@@ -22,22 +23,46 @@ class FeedForward(nn.Module):
     (Shazeer, arXiv 2002.05202).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, hidden: int | None = None) -> None:
+        """`hidden`: features within, where they are not what the settings say."""
         super().__init__()
-        hidden = feedforward_width(config)
+        hidden = feedforward_width(config) if hidden is None else hidden
         self.activation = config.feedforward
         self.gate = Linear(config.width, hidden, config.bias) if config.feedforward == "swiglu" else None
         self.up = Linear(config.width, hidden, config.bias)
         self.down = Linear(hidden, config.width, config.bias)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        up_BTF = self.up(x_BTD)
-        if self.gate is None:
-            hidden_BTF = gelu(up_BTF) if self.activation == "gelu" else F.relu(up_BTF).square()
-        else:
-            hidden_BTF = _GatedSilu.apply(self.gate(x_BTD), up_BTF)  # type: ignore[no-untyped-call]
-        y_BTD: Tensor = self.down(hidden_BTF)
+    def forward(self, x_BTD: Tensor, again: Again | None = None) -> Tensor:
+        """`again` makes x in backward, and has what lies between the products made again as well."""
+        widened = [self.up(x_BTD, again)] if self.gate is None else [self.up(x_BTD, again), self.gate(x_BTD, again)]
+        hidden_BTF, hidden_again = activate(self.activation, *widened, selective=again is not None)
+        y_BTD: Tensor = self.down(hidden_BTF, hidden_again)
         return y_BTD
+
+    @property
+    def products(self) -> int:
+        """How many read x."""
+        return 1 if self.gate is None else 2
+
+
+def activate(name: Activation, *widened: Tensor, selective: bool = False) -> tuple[Tensor, Again | None]:
+    """What lies between the products of a feed-forward: of `up`, or for SwiGLU of `up` and `gate`.
+
+    With `selective`, how backward makes it again: those are kept for the activation's own.
+    """
+    functions: dict[Activation, Callable[..., Tensor]] = {"swiglu": _swiglu, "gelu": gelu, "relu2": _relu2}
+    function = functions[name]
+    return function(*widened), Again(function, *widened) if selective else None
+
+
+def _swiglu(up: Tensor, gate: Tensor) -> Tensor:
+    y: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _relu2(up: Tensor) -> Tensor:
+    y: Tensor = _SquaredRelu.apply(up)  # type: ignore[no-untyped-call]
+    return y
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -47,6 +72,20 @@ def gelu(x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # within, as torch's own kernel is
         return (wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
     return F.gelu(x, approximate="tanh")
+
+
+class _SquaredRelu(torch.autograd.Function):
+    """relu(x)², saving its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.relu(x).square_()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return F.relu(x).mul_(2).mul_(grads[0])
 
 
 class _GatedSilu(torch.autograd.Function):

@@ -5,9 +5,10 @@ Shape legend: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptscale.config.rules import check_model
-from gptscale.config.schema import ModelConfig
-from gptscale.config.shape import padded_vocab
+from gptscale.config.schema import Checkpointing, ModelConfig
+from gptscale.config.shape import has_experts, padded_vocab
 from gptscale.model.attention import Attention, AttentionKernel, LayerCache, LayerKind
 from gptscale.model.documents import Documents
+from gptscale.model.experts import ExpertFeedForward
 from gptscale.model.feedforward import FeedForward
 from gptscale.model.kernels import KERNELS
-from gptscale.model.linear import linear
+from gptscale.model.linear import Again, linear
 from gptscale.model.loss import VocabularyPart, chunked_cross_entropy, soft_cap
 from gptscale.model.norm import build_norm
 from gptscale.model.positions import RotaryTable, Turns
@@ -77,23 +79,32 @@ class Block(nn.Module):
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, layer, rotary)
         self.feedforward_norm = build_norm(config)
-        self.feedforward = FeedForward(config)
+        self.feedforward = ExpertFeedForward(config) if has_experts(config, layer) else FeedForward(config)
 
     compiled_parts = "before", "after"
     """What `train.compile` compiles: all but the attention between them, whose kernels are as fast as they get."""
 
-    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        q_BTHW, k_BTKW, v_BTKW = self.before(x_BTD, self.attention.turns(x_BTD, cache))
-        return self.after(x_BTD, self.attention.attend(q_BTHW, k_BTKW, v_BTKW, cache, documents))
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
+        selective: bool = False,
+    ) -> Tensor:
+        """`selective`: backward makes again what norms and activations gave."""
+        q_BTHW, k_BTKW, v_BTKW = self.before(x_BTD, self.attention.turns(x_BTD, cache), selective)
+        return self.after(x_BTD, self.attention.attend(q_BTHW, k_BTKW, v_BTKW, cache, documents), selective)
 
-    def before(self, x_BTD: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, x_BTD: Tensor, turns: Turns | None, selective: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values."""
-        return self.attention.project(self.attention_norm(x_BTD), turns)
+        again = Again(self.attention_norm, x_BTD, uses=3) if selective else None
+        return self.attention.project(self.attention_norm(x_BTD), turns, again)
 
-    def after(self, x_BTD: Tensor, y_BTHW: Tensor) -> Tensor:
+    def after(self, x_BTD: Tensor, y_BTHW: Tensor, selective: bool = False) -> Tensor:
         """What comes of the residual stream and of attention's findings."""
         x_BTD = x_BTD + self._dropped(self.attention.output(y_BTHW))
-        return x_BTD + self._dropped(self.feedforward(self.feedforward_norm(x_BTD)))
+        again = Again(self.feedforward_norm, x_BTD, uses=self.feedforward.products) if selective else None
+        return x_BTD + self._dropped(self.feedforward(self.feedforward_norm(x_BTD), again))
 
     def _dropped(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout) if self.training and self.dropout else x_BTD
@@ -162,10 +173,10 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
         self.compute_dtype = compute_dtype
-        self.activation_checkpointing: Literal["none", "full"] = "none"
-        """`full`: a block keeps its input only, and runs again in backward."""
+        self.activation_checkpointing: Checkpointing = "none"
+        """`full`: a block keeps its input only, and runs again in backward. `selective`: norms and activations do."""
         self.checkpoint_interval = 1
-        """With `full`: of so many blocks one does."""
+        """Of so many blocks one does."""
 
         rope = config.positions == "rope"
         self.rotary = RotaryTable(config, sequence_length) if rope else None
@@ -174,6 +185,7 @@ class GPT(nn.Module):
             BLOCKS.get(config.block)(config, layer, self.rotary) for layer in range(config.layers)
         )
         self.head = Head(config, vocab_size, self.embedding.weight if config.tied_embeddings else None)
+        self._experts = [module for module in self.modules() if isinstance(module, ExpertFeedForward)]
 
     def sequence(self) -> list[tuple[str, nn.Module]]:
         """What forward runs, in order, by canonical name: embedding, blocks.0, …, head. A pipeline cuts this list."""
@@ -197,20 +209,36 @@ class GPT(nn.Module):
         if targets_BT is None:
             return self.logits(inputs_BT, last_B=last_B)
         x_BTD = self.embedding(inputs_BT, None if documents is None else documents.positions)
-        x_BTD = self.through(range(len(self.blocks)), x_BTD, documents)
+        with self._hear_experts() as auxiliary:
+            x_BTD = self.through(range(len(self.blocks)), x_BTD, documents)
         loss: Tensor = self.head(x_BTD, targets_BT, loss_gain)
+        for of_block in auxiliary:
+            loss = loss + (of_block - of_block.detach())  # in the gradient only
         return loss
+
+    @contextmanager
+    def _hear_experts(self) -> Iterator[list[Tensor]]:
+        """Within, the auxiliary losses of blocks with experts are put on a list: those of training, with a gradient."""
+        heard: list[Tensor] = []
+        if self.training and torch.is_grad_enabled():
+            for layer in self._experts:
+                layer.heard = heard
+        yield heard
+        for layer in self._experts:  # what activation checkpointing runs again in backward has been heard
+            layer.heard = None
 
     def through(self, blocks: range, x_BTD: Tensor, documents: Documents | None = None) -> Tensor:
         """What these blocks make of the residual stream."""
-        within = {} if documents is None else {"documents": documents}
+        within: dict[str, Any] = {} if documents is None else {"documents": documents}
         for number in blocks:
             block = self.blocks[number]
-            again = self.activation_checkpointing == "full" and number % self.checkpoint_interval == 0
-            if again and torch.is_grad_enabled():
+            chosen = torch.is_grad_enabled() and number % self.checkpoint_interval == 0
+            if chosen and self.activation_checkpointing == "full":
                 random = self.config.dropout > 0
                 run = partial(block, **within)
                 x_BTD = checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=random)
+            elif chosen and self.activation_checkpointing == "selective":
+                x_BTD = block(x_BTD, **within, selective=True)
             else:
                 x_BTD = block(x_BTD, **within)
         return x_BTD

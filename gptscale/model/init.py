@@ -15,7 +15,7 @@ from gptscale.config.schema import ModelConfig
 from gptscale.model.gpt import GPT
 from gptscale.runtime.seeds import derive_seed
 
-RESIDUAL_PROJECTIONS = ("attention.o.weight", "feedforward.down.weight")
+RESIDUAL_PROJECTIONS = ("attention.o.weight", "feedforward.down.weight", "shared.down.weight", "experts.down")
 """Projections that add into the residual stream: two a block, so their sum over depth is held by 1/√(2·layers)."""
 
 

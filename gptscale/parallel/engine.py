@@ -10,6 +10,7 @@ import torch
 from gptscale.config.schema import TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
 from gptscale.model.gpt import GPT
+from gptscale.parallel.gradients import steps_in_kernel
 from gptscale.parallel.optimizer_state import KnowsParameters
 from gptscale.parallel.ranks import Ranks
 from gptscale.plan.stages import Cut
@@ -61,12 +62,18 @@ class Engine(Protocol):
         ...
 
 
-def check_parts(optimizer: torch.optim.Optimizer, name: str, ranks: Ranks) -> None:
-    """Raises UserError where an optimizer wants whole matrices, and a rank has parts of the model."""
-    if ranks.model.size > 1 and isinstance(optimizer, KnowsParameters):
+def check_optimizer(optimizer: torch.optim.Optimizer, settings: TrainRoot, ranks: Ranks) -> None:
+    """Raises UserError where an optimizer wants what a rank does not have."""
+    name = settings.optimizer.name
+    if settings.parallel.offload != "none" and not steps_in_kernel(optimizer):
+        raise UserError(
+            f"optimizer.name={name} has no fused kernel for the host, which has to clip and to skip\n"
+            "use optimizer=adamw, or parallel.offload=none"
+        )
+    if ranks.has_parts and isinstance(optimizer, KnowsParameters):
         raise UserError(
             f"optimizer.name={name} works on whole matrices, and all of them, of which a rank has parts here\n"
-            "use parallel.tensor=1 and parallel.pipeline=1, or optimizer=adamw"
+            "set parallel.tensor, parallel.pipeline and parallel.expert to 1, or use optimizer=adamw"
         )
 
 
@@ -77,7 +84,7 @@ def build_engine(
 
     `model` and `cut` are what `spread` left and returned: parameters have their canonical names and initial weights.
     """
-    assert ranks.model.size == 1 or not isinstance(optimizer, KnowsParameters), "checked by `check_parts`"
+    assert not ranks.has_parts or not isinstance(optimizer, KnowsParameters), "checked by `check_optimizer`"
     model.to(ranks.device)
     if settings.parallel.engine == "plain":
         from gptscale.parallel.plain import PlainEngine

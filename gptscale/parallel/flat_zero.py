@@ -24,6 +24,7 @@ import deepspeed.runtime.engine as engine_module
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.utils import all_gather_dp_groups, combine_grad_norm_groups
 from deepspeed.runtime.zero import stage3 as stage3_module
@@ -36,11 +37,15 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 from torch import Tensor
 
 from gptscale.parallel.gradients import divisor, hand_to_kernel, release_kernel, steps_in_kernel, take_gradients
+from gptscale.parallel.offload import Host, move_to_host
+from gptscale.parallel.optimizer_state import kinds_of
 from gptscale.parallel.ranks import Group
 
 
 class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
     """Stages 1 and 2 over one flat buffer a group."""
+
+    offloaded = False
 
     shares = 1
     """Ranks over which gradients are averaged that ought to be summed: set by the engine, for fp16."""
@@ -61,8 +66,22 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
         self._partition_sums: dict[int, Tensor] = {}
         super().__init__(*args, **kwargs)
         assert self.dtype == self.gradient_accumulation_dtype == self.master_weights_and_grads_dtype == torch.float32
-        unwanted = ("cpu_offload", "has_moe_layers", "round_robin_gradients", "contiguous_gradients", "overlap_comm")
+        unwanted = ("cpu_offload", "round_robin_gradients", "contiguous_gradients", "overlap_comm")
         assert not [name for name in (*unwanted, "parameter_alignment") if getattr(self, name)]
+
+    def _configure_moe_settings(self) -> None:
+        """Experts are partitioned over the ranks that hold the same ones. Called where there are any."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            if is_moe_param(group["params"][0]):
+                sharers = self.expert_dp_process_group[group["params"][0].group_name]
+                self.real_dp_process_group[number] = sharers
+                self.partition_count[number] = dist.get_world_size(group=sharers)
+
+    def offload(self, host: Host) -> None:
+        """From now on masters and their state are on the host. Call before the first step."""
+        self.offloaded = True
+        for group, master in enumerate(self.single_partition_of_fp32_groups):
+            move_to_host(self.optimizer, master, kinds_of(self.optimizer.param_groups[group]), host)
 
     def initialize_optimizer_states(self) -> None:
         """Let masters and model share storage. Called just before DeepSpeed takes views of the masters."""
@@ -149,9 +168,13 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
             master.grad = self._get_preflattened_grad_partition(group)
             self._release_preflattened_grad_buffers(group)
             self.averaged_gradients[group] = self.all_grad_tensors[group] = None
+            if self.offloaded:
+                master.grad = master.grad.to(master.device)
             self.unscale_and_clip_grads([master.grad], norm)
             self._optimizer_step(group)
             master.grad = None
+            if self.offloaded:
+                self.parallel_partitioned_bit16_groups[group][self._rank(group)].data.copy_(master.data)
         all_gather_dp_groups(
             groups_flat=self.bit16_groups_flat,
             partitioned_param_groups=self.parallel_partitioned_bit16_groups,
@@ -170,10 +193,14 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
     def _ranks(self, group: int) -> int:
         return dist.get_world_size(group=self.real_dp_process_group[group])
 
+    def _shares(self, group: int) -> int:
+        """Ranks over which a gradient is averaged. Of experts these are all, from whom their tokens come."""
+        return dist.get_world_size(group=self.dp_process_group)
+
     def _publish(self, group: int, partition: Tensor) -> None:
         """Hand a summed partition to `step`, with views of its members for the norm."""
-        if self._ranks(group) > 1:
-            partition.div_(self._ranks(group))
+        if self._shares(group) > 1:
+            partition.div_(self._shares(group))
         rank, size = self._rank(group), int(self.partition_size[group])
         first, place = self.grad_start_offset[group][rank], self.grad_partition_insertion_offset[group][rank]
         views: list[Tensor] = []
@@ -186,12 +213,21 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
     @torch.no_grad()
     def _flush_bucket(self) -> None:
         """Sum what backward has made ready, and keep the part that is this rank's."""
-        if not self._bucket:
-            return
-        flat = take_gradients([parameter for _, parameter in self._bucket], self._bucket_elements)
-        dist.all_reduce(flat, group=self.dp_process_group)
-        offset = 0
+        by_sharers: dict[Any, list[tuple[int, Tensor]]] = {}
         for group, parameter in self._bucket:
+            by_sharers.setdefault(self.real_dp_process_group[group], []).append((group, parameter))
+        for sharers, members in by_sharers.items():
+            self._reduce(sharers, members)
+        self._bucket.clear()
+        self._bucket_elements = 0
+
+    def _reduce(self, sharers: Any, members: list[tuple[int, Tensor]]) -> None:
+        elements = sum(parameter.numel() for _, parameter in members)
+        flat = take_gradients([parameter for _, parameter in members], elements)
+        if dist.get_world_size(group=sharers) > 1:
+            dist.all_reduce(flat, group=sharers)
+        offset = 0
+        for group, parameter in members:
             rank, size, key = self._rank(group), int(self.partition_size[group]), self.get_param_id(parameter)
             if group not in self._partition_sums:
                 self._partition_sums[group] = flat.new_zeros(size)
@@ -201,8 +237,6 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
                 count = min(parameter.numel() - source, size - target)
                 self._partition_sums[group].narrow(0, target, count).add_(flat.narrow(0, offset + source, count))
             offset += parameter.numel()
-        self._bucket.clear()
-        self._bucket_elements = 0
 
 
 class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # DeepSpeed has no types
@@ -229,10 +263,18 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         super().__init__(module, *args, **kwargs)
         assert self.reduce_and_partition_stream in (None, get_accelerator().default_stream())
         assert not self.offload_optimizer
+        self.offloaded = False
         if self._alone:
             parameters: list[Any] = list(module.parameters())
             parameters[0].all_gather(parameters)
             self.parameter_offload._remove_module_hooks()
+
+    def offload(self, host: Host) -> None:
+        """From now on masters and their state are on the host. Call before the first step."""
+        self.offloaded = True
+        for sub_group, master in enumerate(self.fp32_partitioned_groups_flat):
+            group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group]]
+            move_to_host(self.optimizer, master, kinds_of(group), host)
 
     def _partition_all_parameters(self) -> None:
         if not self._alone:
@@ -313,6 +355,9 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         timers: set[str] = set()
         for sub_group in range(len(self.fp16_groups)):
             self._prepare_sub_group(sub_group, timers)
+            if self.offloaded:
+                master = self.fp32_partitioned_groups_flat[sub_group]
+                master.grad = master.grad.to(master.device)
             self.unscale_and_clip_grads(sub_group, norm)
             self._optimizer_step(sub_group)
             self._reassign_or_swap_out_partitioned_parameters(sub_group)
@@ -342,6 +387,7 @@ def _clip(optimizer: Any, gradients: list[Tensor], norm: Tensor, limit: float, s
     """Unscale and clip, in the kernel or before it. `norm` is that of the scaled gradients, known to be finite if not
     in the kernel.
     """
+    norm = norm.to(gradients[0].device)
     if not hand_to_kernel(optimizer, norm / scale, limit, scale):
         by = divisor(norm / scale, limit, scale)
         if by is not None:

@@ -29,13 +29,16 @@ def take_gradients(parameters: Sequence[Tensor], elements: int) -> Tensor:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[Tensor], replicas: Group) -> None:
-    """Replace every gradient by its mean over replicas: one all-reduce, of whose result they become views."""
-    if replicas.size == 1:
+def average_gradients(parameters: Sequence[Tensor], replicas: Group, shares: int) -> None:
+    """Replace every gradient by its sum over replicas, divided by `shares`: one all-reduce, of whose result they become
+    views.
+    """
+    if shares == 1:
         return
     flat = take_gradients(parameters, sum(parameter.numel() for parameter in parameters))
-    dist.all_reduce(flat, group=replicas.handle)
-    flat.div_(replicas.size)
+    if replicas.size > 1:
+        dist.all_reduce(flat, group=replicas.handle)
+    flat.div_(shares)
     start = 0
     for parameter in parameters:
         parameter.grad = flat.narrow(0, start, parameter.numel()).view_as(parameter)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from gptscale.flow import TensorShard
-from gptscale.parallel.ranks import Ranks
-from gptscale.parallel.tensor import shard_of
+from gptscale.parallel.ranks import Group, Ranks
+from gptscale.parallel.slices import is_of_experts, shard_of
 
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter as the ranks of this one's replicas hold it between them."""
+    """A parameter as a rank and its replicas hold it between them."""
 
     name: str
     """Canonical."""
@@ -23,6 +23,8 @@ class Held:
     """Which slice of it; None: all."""
     first: bool
     """False where tensor peers, or another stage, hold the same, and one of them is who counts and writes it."""
+    replicas: Group
+    """The ranks that hold the same slice."""
 
 
 Holdings = dict[int, Held]
@@ -33,8 +35,9 @@ def holdings(model: nn.Module, ranks: Ranks) -> Holdings:
     """Asked before an engine takes the parameters, while they have their shapes."""
     found: Holdings = {}
     for name, parameter in model.named_parameters():
-        shape, shard = shard_of(name, parameter.shape, ranks.tensor.rank, ranks.tensor.size)
+        shape, shard = shard_of(name, parameter.shape, ranks.tensor, ranks.expert)
         copied = shard is None and ranks.tensor.rank > 0
         tied_again = name == "embedding.weight" and ranks.at.pipeline > 0
-        found[id(parameter)] = Held(name, shape, shard, first=not copied and not tied_again)
+        replicas = ranks.expert_replicas if is_of_experts(name) else ranks.replicas
+        found[id(parameter)] = Held(name, shape, shard, not copied and not tied_again, replicas)
     return found

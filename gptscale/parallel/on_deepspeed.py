@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import nn
 
-from gptscale.config.schema import MIN_LOSS_SCALE, PrecisionConfig, TrainRoot
+from gptscale.config.schema import MIN_LOSS_SCALE, DeepSpeedConfig, PrecisionConfig, TrainRoot
 from gptscale.flow import Piece
+from gptscale.parallel.gradients import steps_in_kernel
 from gptscale.parallel.held import Holdings
 from gptscale.parallel.loss_scale import LossScaler
+from gptscale.parallel.offload import host_for
 from gptscale.parallel.optimizer_state import updates_of
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.zero_state import sharded_state
@@ -40,7 +43,11 @@ class OnDeepSpeed:
                 self._optimizer.loss_scaler = rule
                 self._optimizer.dynamic_loss_scale = True
                 self._optimizer.shares = ranks.replicas.size
-        self._state = sharded_state(stage, model, self._optimizer, ranks.replicas, held)
+        host = host_for(settings.parallel, ranks.device)
+        if host is not None:
+            assert steps_in_kernel(self._optimizer.optimizer), "checked by `check_optimizer`"
+            self._optimizer.offload(host)
+        self._state = sharded_state(stage, model, self._optimizer, held)
 
     def pieces(self) -> list[Piece]:
         return self._state.pieces()
@@ -55,6 +62,14 @@ class OnDeepSpeed:
         if self._scaler is not None and loss_scaling is not None:
             self._scaler.load(loss_scaling)
         self._state.refresh(updates)
+
+
+def let_speak(raw: DeepSpeedConfig) -> None:
+    """DeepSpeed is silent but for errors (`start_deepspeed`), unless it is asked for something that it logs."""
+    if raw.dump_state or raw.comms_logger.enabled:
+        logger = logging.getLogger("DeepSpeed")
+        for speaks in (logger, *logger.handlers):
+            speaks.setLevel(logging.INFO)
 
 
 def deepspeed_scale(config: PrecisionConfig) -> DynamicLossScaler:

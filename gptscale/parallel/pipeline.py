@@ -33,7 +33,7 @@ from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import pipeline_config
 from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.held import holdings
-from gptscale.parallel.on_deepspeed import OnDeepSpeed
+from gptscale.parallel.on_deepspeed import OnDeepSpeed, let_speak
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Ranks
 from gptscale.plan.stages import Cut
@@ -123,11 +123,14 @@ class PipelineEngine(OnDeepSpeed):
         self._part = Stage(model, cut)
         self._pipeline = Pipeline(self._part, ranks)
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        let_speak(settings.parallel.deepspeed)
         with flat_optimizers():
             engine, *_ = deepspeed.initialize(
                 model=self._pipeline,
                 optimizer=optimizer,
-                config=pipeline_config(split, ranks.replicas.size, settings.optimizer.clip_norm, parameters),
+                config=pipeline_config(
+                    split, ranks.replicas.size, settings.optimizer.clip_norm, parameters, settings.parallel.deepspeed
+                ),
                 dist_init_required=False,
             )
         super().__init__(engine, model, 1, settings, ranks, held)

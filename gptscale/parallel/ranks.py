@@ -65,6 +65,11 @@ class Ranks:
         """The stages before and after this one."""
         self.model = self._group(lambda at: (at.data, at.sequence))
         """The ranks that hold the parts of one copy of the model."""
+        experts = self.topology.expert
+        self.expert = self._group(lambda at: (at.pipeline, at.sequence, at.tensor, at.data // experts))
+        """The ranks that share out the experts: neighbours among the replicas."""
+        self.expert_replicas = self._group(lambda at: (at.pipeline, at.tensor, at.data % experts))
+        """The ranks that hold the same experts."""
 
     def _group(self, key: Callable[[Coordinates], Hashable]) -> Group:
         """This rank's group, where those of equal keys are one. A collective of its members.
@@ -82,6 +87,11 @@ class Ranks:
                 list(members), timeout=limit, use_local_synchronization=True
             )
         return self._made[members]
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether some parameter is not whole on this rank, ZeRO aside."""
+        return self.model.size * self.expert.size > 1
 
     @property
     def feeds(self) -> bool:

@@ -6,8 +6,9 @@ from gptscale.config.schema import ParallelConfig
 from gptscale.model.gpt import GPT
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.sequence import split_sequences
+from gptscale.parallel.slices import take_slices
 from gptscale.parallel.stages import keep, parameter_weights
-from gptscale.parallel.tensor import join_slices, take_slices
+from gptscale.parallel.tensor import join_slices
 from gptscale.plan.stages import Cut, balanced, cuts
 
 
@@ -21,7 +22,11 @@ def spread(model: GPT, ranks: Ranks, parallel: ParallelConfig, seed: int) -> Cut
     cut = cuts(blocks)[ranks.pipeline.rank]
     if ranks.pipeline.size > 1:
         keep(model, cut)
-    take_slices(model, ranks.tensor, seed)
+    take_slices(model, ranks.tensor, ranks.expert, seed)
     join_slices(model, ranks.tensor)
     split_sequences(model, ranks.sequence)
+    if ranks.expert.size > 1:
+        from gptscale.parallel.expert import join_experts  # imports DeepSpeed, which one process does without
+
+        join_experts(model, ranks)
     return cut

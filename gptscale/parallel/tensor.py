@@ -1,9 +1,8 @@
 """Tensor parallelism, applied to a model from outside: each rank of a group keeps a slice of every large matrix.
 
-As in Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3): what widens (queries, keys, values, gate, up) is cut by
-outputs, what narrows again (o, down) by inputs, so that between the two a rank works on its own heads and features
-alone. A block then has one sum over ranks behind attention and one behind the feed-forward, and in backward one in
-front of each. Embedding and head are cut by rows of the vocabulary, and the full logits exist nowhere.
+`gptscale.parallel.slices` says which. Between what widens and what narrows again a rank works on its own heads and
+features alone. A block then has one sum over ranks behind attention and one behind the feed-forward, and in backward
+one in front of each. Embedding and head are cut by rows of the vocabulary, and the full logits exist nowhere.
 
 Norms, the biases of what narrows and learned positions are whole on every rank, and stay equal: each rank computes
 their gradients from the same numbers.
@@ -23,47 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptscale.config.shape import padded_vocab
-from gptscale.flow import TensorShard
+from gptscale.model.feedforward import FeedForward
 from gptscale.model.gpt import GPT, Block
-from gptscale.model.init import initial_value
-from gptscale.model.linear import Linear, linear
+from gptscale.model.linear import Again, Linear, linear
 from gptscale.parallel.ranks import Group
-
-_BY_OUTPUTS = ("attention.q", "attention.k", "attention.v", "feedforward.gate", "feedforward.up")
-_BY_INPUTS = ("attention.o.weight", "feedforward.down.weight")
-
-
-def shard_dim(name: str) -> int | None:
-    """The dim along which a parameter is cut, by canonical name; None where every rank holds it whole."""
-    if name in ("embedding.weight", "head.weight") or name.rpartition(".")[0].endswith(_BY_OUTPUTS):
-        return 0
-    return 1 if name.endswith(_BY_INPUTS) else None
-
-
-def shard_of(name: str, held: torch.Size, rank: int, size: int) -> tuple[tuple[int, ...], TensorShard | None]:
-    """The whole shape of a parameter of which one of `size` ranks holds `held`, and which slice of it that is."""
-    dim = shard_dim(name)
-    if dim is None or size == 1:
-        return tuple(held), None
-    whole = tuple(length * size if number == dim else length for number, length in enumerate(held))
-    return whole, TensorShard(dim, rank * held[dim], held[dim])
-
-
-def take_slices(model: GPT, group: Group, seed: int) -> None:
-    """Keep this rank's slices of what the model holds. Parameters on the meta device get their initial values.
-
-    A whole one is made at a time, so that a rank needs room for its part of the model, and no more.
-    """
-    for name, parameter in list(model.named_parameters()):
-        dim = shard_dim(name) if group.size > 1 else None
-        if dim is None and not parameter.is_meta:
-            continue
-        whole = initial_value(name, parameter.shape, model.config, seed) if parameter.is_meta else parameter.detach()
-        kept = whole if dim is None else whole.chunk(group.size, dim)[group.rank].clone()
-        owner, _, own = name.rpartition(".")
-        setattr(model.get_submodule(owner), own, nn.Parameter(kept))
-    if model.config.tied_embeddings:
-        model.head.weight = model.embedding.weight
 
 
 def join_slices(model: GPT, group: Group) -> None:
@@ -83,6 +45,7 @@ def join_slices(model: GPT, group: Group) -> None:
         _copy_output(block.attention_norm, group)
         _copy_output(block.feedforward_norm, group)
         block.attention.o = SummedLinear(block.attention.o, group)
+        assert isinstance(block.feedforward, FeedForward), "experts are shared out by another axis"
         block.feedforward.down = SummedLinear(block.feedforward.down, group)
         for norm in (block.attention.q_norm, block.attention.k_norm):
             if norm is not None:  # one weight for all heads, of which this rank sees some
@@ -100,8 +63,8 @@ class SummedLinear(Linear):
         self.weight, self.bias = layer.weight, layer.bias
         self._group = group
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Sum.apply(linear(x, self.weight), self._group)  # type: ignore[no-untyped-call]
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        y: Tensor = _Sum.apply(linear(x, self.weight, again=again), self._group)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

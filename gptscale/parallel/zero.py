@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import set_z3_leaf_module
 
 from gptscale.config.schema import TrainRoot
@@ -15,11 +16,12 @@ from gptscale.flow import Batch, StepResult
 from gptscale.model.compiling import is_compiled
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import zero_config
+from gptscale.parallel.expert import separate_experts
 from gptscale.parallel.flat_zero import flat_optimizers
 from gptscale.parallel.gradients import average_gradients, gradient_norm, prepare_update, release_kernel
 from gptscale.parallel.held import holdings
 from gptscale.parallel.noise import NoiseProbe, noise_estimates
-from gptscale.parallel.on_deepspeed import OnDeepSpeed
+from gptscale.parallel.on_deepspeed import OnDeepSpeed, let_speak
 from gptscale.parallel.optimizer_state import KnowsParameters
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Group, Ranks
@@ -35,11 +37,16 @@ class ZeroEngine(OnDeepSpeed):
         split: BatchSplit,
         ranks: Ranks,
     ) -> None:
-        stage = settings.parallel.zero_stage
+        stage, raw = settings.parallel.zero_stage, settings.parallel.deepspeed
         self._clip_norm = settings.optimizer.clip_norm
         parameters = sum(parameter.numel() for parameter in model.parameters())
         held = holdings(model, ranks)
-        self._counted = [parameter for parameter in model.parameters() if held[id(parameter)].first]
+        self._experts = [parameter for parameter in model.parameters() if is_moe_param(parameter)]
+        experts = {id(parameter) for parameter in self._experts}
+        self._others = [parameter for parameter in model.parameters() if id(parameter) not in experts]
+        self._counted = [parameter for parameter in self._others if held[id(parameter)].first]
+        separate_experts(optimizer)
+        let_speak(raw)
         if stage == 3:  # compiled code has no hooks to gather weights, so its block gathers all of its own
             for module in model.modules():
                 set_z3_leaf_module(module, is_compiled(module))
@@ -47,7 +54,7 @@ class ZeroEngine(OnDeepSpeed):
             engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=zero_config(stage, split, ranks.replicas.size, self._clip_norm, parameters),
+                config=zero_config(stage, split, ranks.replicas.size, self._clip_norm, parameters, raw),
                 mpu=ProcessGroups(ranks),
                 dist_init_required=False,
             )
@@ -126,10 +133,13 @@ class ZeroEngine(OnDeepSpeed):
 
     def _finish_replicated(self, factor: float) -> torch.Tensor:
         """Stage 0: DeepSpeed's own neither reports a norm nor skips a step whose gradient is not finite."""
-        parameters = list(self._model.parameters())
-        average_gradients(parameters, self._ranks.replicas)
-        norm = gradient_norm(self._counted, self._ranks.tensor) / factor
-        if not prepare_update(self._optimizer, parameters, norm, self._clip_norm, factor):
+        ranks = self._ranks
+        average_gradients(self._others, ranks.replicas, ranks.replicas.size)
+        norm = gradient_norm(self._counted, ranks.tensor) / factor
+        if self._experts:
+            average_gradients(self._experts, ranks.expert_replicas, ranks.replicas.size)
+            norm = torch.hypot(norm, gradient_norm(self._experts, ranks.expert) / factor)
+        if not prepare_update(self._optimizer, self._others + self._experts, norm, self._clip_norm, factor):
             self._engine.zero_grad()  # an optimizer passes over parameters without a gradient: nothing changes
         self._engine.step()
         release_kernel(self._optimizer)

@@ -15,7 +15,6 @@ import torch.distributed
 from gptscale.flow import Piece, StateKind
 from gptscale.parallel.held import Held, Holdings
 from gptscale.parallel.optimizer_state import Span, kinds_by_parameter, kinds_of, set_step, stored
-from gptscale.parallel.ranks import Group
 
 Flat = tuple[torch.Tensor, list[Span]]
 """A tensor that is optimized in place of parameters, and what this rank's holds of them."""
@@ -35,34 +34,32 @@ class ShardedState(Protocol):
         ...
 
 
-def sharded_state(stage: int, model: torch.nn.Module, optimizer: Any, replicas: Group, held: Holdings) -> ShardedState:
+def sharded_state(stage: int, model: torch.nn.Module, optimizer: Any, held: Holdings) -> ShardedState:
     """`optimizer` is what the DeepSpeed engine holds: the client's own at stage 0, DeepSpeed's wrapper above."""
     if stage == 0:
-        return Replicated(model, optimizer, replicas, held)
+        return Replicated(model, optimizer, held)
     return FlatPartitions(optimizer, held) if stage < 3 else PartitionedParameters(optimizer, held)
 
 
 class Replicated:
     """Stage 0: every replica holds everything and writes its own share of each parameter."""
 
-    def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, replicas: Group, held: Holdings
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, held: Holdings) -> None:
         self._parameters = list(model.parameters())
         self._kinds = kinds_by_parameter(optimizer)
         self._optimizer = optimizer
-        self._replicas = replicas
         self._held = held
 
     def pieces(self) -> list[Piece]:
         found: list[Piece] = []
         for parameter in self._parameters:
-            held, size = self._held[id(parameter)], self._replicas.size
+            held = self._held[id(parameter)]
+            size = held.replicas.size
             bounds = [parameter.numel() * part // size for part in range(size + 1)]
             for part in range(size):
                 start, end = bounds[part], bounds[part + 1]
                 for kind, values in stored(self._optimizer, parameter, self._kinds[id(parameter)]):
-                    share, writes = values.view(-1)[start:end], held.first and part == self._replicas.rank
+                    share, writes = values.view(-1)[start:end], held.first and part == held.replicas.rank
                     if start < end:
                         found.append(Piece(held.name, kind, held.shape, start, share, held.shard, writes))
         return found

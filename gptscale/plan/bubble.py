@@ -12,7 +12,7 @@ def bubble(stages: int, micro_batches: int) -> float:
     last one leaves it, S − 1 of the M + S − 1 turns of a stage are empty. Narayanan et al. (arXiv 2104.04473, section
     2.2) give the same as a share of the time that is computed, (S − 1) / M.
     """
-    return uneven_bubble([1.0] * stages, micro_batches)
+    return (stages - 1) / (micro_batches + stages - 1)
 
 
 def uneven_bubble(stage_s: Sequence[float], micro_batches: int) -> float:

@@ -40,6 +40,7 @@ def parts(model: ModelConfig, vocab_size: int, positions: int) -> list[list[Para
     `positions`: rows of a learned position table.
     """
     assert model.block == "gpt"
+    assert model.experts == 0
     width, table = model.width, (padded_vocab(vocab_size, model.vocab_multiple), model.width)
     embedding = [Parameter("embedding.weight", table, 0)]
     tied = embedding if model.tied_embeddings else [Parameter("head.weight", table, 0)]

@@ -1,5 +1,7 @@
 """What a rank hands to its peers in one optimizer step, by purpose: formulas, of our own block with AdamW.
 
+Mixtures of experts have none here: how many tokens go to another rank depends on the text.
+
 They are what `gptscale.parallel` does, read there, not what it should do at best; `gptscale bench layouts` counts the
 bytes and refuses to report where they differ. Gradients and weights travel in fp32, activations in the compute type.
 
@@ -28,9 +30,9 @@ _COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ALIGNED = 2
 """DeepSpeed 0.19.8 fills flat groups up to a multiple of so many elements a rank (`nccl_start_alignment_factor`)."""
 _PERSISTENT = 100_000
-"""ZeRO-3 keeps parameters of so many elements or fewer whole (`stage3_param_persistence_threshold`, its default)."""
+"""ZeRO-3 keeps parameters of so many elements or fewer whole: DeepSpeed's `stage3_param_persistence_threshold`."""
 _REUSE_DISTANCE = 10**9
-"""ZeRO-3 keeps a gathered weight that is used again within so many elements (`stage3_max_reuse_distance`, the same)."""
+"""It keeps a gathered weight that is used again within so many elements: its `stage3_max_reuse_distance`."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,14 @@ def _gathered_bytes(step: Step, whole: Sequence[Sequence[Parameter]]) -> int:
     """Stage 3: small parameters once, after the update; others in each micro-batch, before forward.
 
     And once more for backward only where DeepSpeed let go of them in between: where the modules that it finds in its
-    trace before their next use have `_REUSE_DISTANCE` elements. From a block it looks through later blocks and the
-    head up to the whole model, with which backward begins; from the embedding through the head twice, and not into
-    blocks, which are units to it (`gptscale.parallel.deepspeed_config`). Far below that, it frees nothing before
-    backward.
+    trace before their next use have as many elements as its reuse distance. From a block it looks through later blocks
+    and the head up to the whole model, with which backward begins; from the embedding through the head twice, and not
+    into blocks, which are units to it (`gptscale.parallel.deepspeed_config`). Far below that, it frees nothing before
+    backward. Nor does it where its prefetching (`stage3_prefetch_bucket_size`) has come by the next use by then.
     """
+    raw = step.parallel.deepspeed.zero_optimization
+    small, near = raw.stage3_param_persistence_threshold, raw.stage3_max_reuse_distance
+    small, near = _PERSISTENT if small is None else small, _REUSE_DISTANCE if near is None else near
     n, accumulation = step.replicas, step.split.accumulation
     embedding, *blocks, head = [[parameter.sliced(step.topology.tensor) for parameter in part] for part in whole]
     sizes = [sum(parameter.numel for parameter in part) for part in (*blocks, head)]
@@ -173,8 +178,8 @@ def _gathered_bytes(step: Step, whole: Sequence[Sequence[Parameter]]) -> int:
             if parameter.name in counted:
                 continue
             counted.add(parameter.name)
-            kept = distance < _REUSE_DISTANCE or (part is embedding and parameter in head)
-            times = 1 if parameter.numel <= _PERSISTENT else accumulation * (1 if kept else 2)
+            kept = distance < near or (part is embedding and parameter in head)
+            times = 1 if parameter.numel <= small else accumulation * (1 if kept else 2)
             total += times * _partitioned_bytes(parameter, n)
     return total
 
@@ -215,7 +220,7 @@ def _sequence_parallel(step: Step) -> Iterator[Transfer]:
 
 def _recomputed(step: Step, cut: Cut) -> int:
     """Blocks of a stage whose forward runs a second time."""
-    if step.parallel.activation_checkpointing == "none":
+    if step.parallel.activation_checkpointing != "full":
         return 0
     return sum(block % step.parallel.checkpoint_interval == 0 for block in cut.blocks)
 

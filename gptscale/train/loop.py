@@ -22,7 +22,7 @@ from gptscale.evaluate.samples import greedy_samples
 from gptscale.model.compiling import check_compiler
 from gptscale.model.gpt import GPT
 from gptscale.parallel.clock import Clock
-from gptscale.parallel.engine import Engine, build_engine, check_parts
+from gptscale.parallel.engine import Engine, build_engine, check_optimizer
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.spread import spread
 from gptscale.runtime.errors import StoppedError
@@ -107,7 +107,7 @@ def train_in(
     settings = composed.settings
     check = until_stopped(lambda: stop.requested)
     corpora = all_or_none(ranks, lambda: open_corpora(settings, ranks, check), "opening the data")
-    model = build_model(settings, corpora.vocab_size, whole=ranks.model.size == 1)
+    model = build_model(settings, corpora.vocab_size, whole=not ranks.has_parts)
     all_or_none(ranks, lambda: check_kernel(model, settings, ranks.device), "choosing attention kernels")
     if settings.train.compile == "block":
         all_or_none(ranks, lambda: check_compiler(ranks.device), "trying the compiler")
@@ -115,8 +115,10 @@ def train_in(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cut = spread(model, ranks, settings.parallel, settings.run.seed)
     optimizer = build_optimizer(model, settings.optimizer)
-    all_or_none(ranks, lambda: check_parts(optimizer, settings.optimizer.name, ranks), "making the optimizer")
-    engine = build_engine(model, cut, optimizer, settings, split, ranks)
+    all_or_none(ranks, lambda: check_optimizer(optimizer, settings, ranks), "making the optimizer")
+    engine = all_or_none(
+        ranks, lambda: build_engine(model, cut, optimizer, settings, split, ranks), "building the engine"
+    )
     progress = resume(composed, engine, folder, corpora, ranks)
     memory.engine = engine
     total_steps = run_steps(settings)

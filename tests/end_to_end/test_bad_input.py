@@ -23,6 +23,10 @@ GPTSCALE = str(Path(sys.executable).parent / "gptscale")
 TINY = ("experiment=tiny",)
 PP2 = ("parallel.pipeline=2", "launch.ranks=2")
 SP2 = ("parallel.sequence=2", "launch.ranks=2")
+RAW = "parallel.deepspeed.zero_optimization"
+SELECTIVE = ("parallel.activation_checkpointing=selective",)
+EP2 = ["parallel.expert=2", "launch.ranks=2"]
+EXPERTS = ["model.experts=4", "model.bias=false"]
 TP2 = ("parallel.tensor=2", "launch.ranks=2")
 
 
@@ -80,7 +84,31 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", *SP2, "data.sequence_length=63"], ["parallel.sequence=2", "sequence_length=63"]),
         (["train", "experiment=tiny", *SP2, "model.kv_heads=1"], ["parallel.sequence=2", "model.kv_heads=1"]),
         (["train", "experiment=tiny", *SP2, "train.compile=block"], ["train.compile=block", "parallel.sequence=1"]),
-        (["train", "experiment=tiny", "parallel.expert=2"], ["parallel.expert=2"]),
+        (["train", "experiment=tiny", *EP2], ["parallel.expert=2", "model.experts=8"]),
+        (["train", "experiment=tiny", *EP2, *EXPERTS, "model.experts=3"], ["parallel.expert=2", "model.experts=3"]),
+        (
+            ["train", "experiment=tiny", *EP2, *EXPERTS, "parallel=zero3"],
+            ["parallel.zero_stage=3", "parallel.expert=2"],
+        ),
+        (["train", "experiment=tiny", *EXPERTS, "parallel.expert=2"], ["parallel.expert=2", "1 data-parallel"]),
+        (["train", "experiment=tiny", *EXPERTS, *TP2], ["model.experts=4", "parallel.tensor=1"]),
+        (["train", "experiment=tiny", *EXPERTS, *PP2], ["model.experts=4", "parallel.pipeline=1"]),
+        (["train", "experiment=tiny", *EXPERTS, *SP2], ["model.experts=4", "parallel.sequence=1"]),
+        (["train", "experiment=tiny", *EXPERTS, "optimizer=muon"], ["optimizer.name=muon", "adamw"]),
+        (["train", "experiment=tiny", *EXPERTS, "train.compile=block"], ["train.compile=block", "train.compile=none"]),
+        (["train", "experiment=tiny", "model.experts=4"], ["model.experts=4", "model.bias=false"]),
+        (["train", "experiment=tiny", *EXPERTS, "model.experts_per_token=5"], ["experts_per_token=5", "experts=4"]),
+        (["train", "experiment=tiny", *EXPERTS, "model.expert_layers=[dense]"], ["expert_layers", "[experts]"]),
+        (["train", "experiment=tiny", "parallel.offload=nvme"], ["parallel.offload=nvme", "parallel.offload_path"]),
+        (["train", "experiment=tiny", "parallel.offload_path=/tmp"], ["offload_path=/tmp", "parallel.offload=nvme"]),
+        (["train", "experiment=tiny", "parallel=zero0", "parallel.offload=cpu"], ["parallel.offload=cpu", "zero1"]),
+        (["train", "experiment=tiny", "optimizer=muon", "parallel.offload=cpu"], ["parallel.offload=cpu", "adamw"]),
+        (["train", "experiment=tiny", f"{RAW}.stage3_prefetch_size=1"], [f"{RAW}.stage3_prefetch_bucket_size"]),
+        (["train", "experiment=tiny", f"{RAW}.reduce_bucket_size=9"], ["reduce_bucket_size", "zero_stage=2"]),
+        (["train", "experiment=tiny", f"{RAW}.sub_group_size=9", "parallel=zero2"], ["sub_group_size", "zero_stage=3"]),
+        (["train", "experiment=tiny", "parallel.deepspeed.gradient_clipping=1"], ["parallel.deepspeed.gradient_clip"]),
+        (["train", "experiment=tiny", "parallel=plain", "parallel.deepspeed.dump_state=true"], ["parallel.deepspeed"]),
+        (["train", "experiment=tiny", *SELECTIVE, "train.compile=block"], ["selective", "train.compile=none"]),
         (["train", "experiment=tiny", "parallel.zero_stage=4"], ["parallel.zero_stage=4"]),
         (["train", "experiment=tiny", "parallel=plain", "launch.ranks=2"], ["parallel.engine=plain"]),
         (["train", "experiment=tiny", "checkpoint.keep=1"], ["checkpoint.keep=1"]),

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from gptscale.config.schema import ModelConfig
+from gptscale.config.shape import has_experts
 from gptscale.flow import IGNORED_TARGET
 
 Named = Mapping[str, Tensor]
@@ -160,6 +161,40 @@ def _qwen3(config: ModelConfig, vocab: int, positions: int) -> Any:
     )
 
 
+def _mixtral(config: ModelConfig, vocab: int, positions: int) -> Any:
+    shape = _common(config, vocab, positions) | {"intermediate_size": config.expert_width}
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            **shape, num_local_experts=config.experts, num_experts_per_tok=config.experts_per_token
+        )
+    )
+
+
+def _qwen3_moe(config: ModelConfig, vocab: int, positions: int) -> Any:
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **_common(config, vocab, positions),
+            moe_intermediate_size=config.expert_width,
+            num_experts=config.experts,
+            num_experts_per_tok=config.experts_per_token,
+            norm_topk_prob=True,
+            mlp_only_layers=[i for i in range(config.layers) if not has_experts(config, i)],
+        )
+    )
+
+
+def _with_experts(p: Named, config: ModelConfig) -> dict[str, Tensor]:
+    """Llama's, but for layers with experts: up and gate lie in one stack there."""
+    made = _llama_parameters(p, config)
+    for i in range(config.layers):
+        if has_experts(config, i):
+            ours, theirs = f"blocks.{i}.feedforward.", f"model.layers.{i}.mlp."
+            made[f"{theirs}gate.weight"] = p[f"{ours}router.scores.weight"]
+            made[f"{theirs}experts.gate_up_proj"] = torch.cat([p[f"{ours}experts.gate"], p[f"{ours}experts.up"]], dim=1)
+            made[f"{theirs}experts.down_proj"] = p[f"{ours}experts.down"]
+    return made
+
+
 def _llama_parameters(p: Named, config: ModelConfig) -> dict[str, Tensor]:
     made = {"model.embed_tokens.weight": p["embedding.weight"], "model.norm.weight": p["head.norm.weight"]}
     if not config.tied_embeddings:
@@ -170,7 +205,7 @@ def _llama_parameters(p: Named, config: ModelConfig) -> dict[str, Tensor]:
         made[f"{theirs}post_attention_layernorm.weight"] = p[f"{ours}feedforward_norm.weight"]
         for name in "qkvo":
             made[f"{theirs}self_attn.{name}_proj.weight"] = p[f"{ours}attention.{name}.weight"]
-        for name in ("gate", "up", "down"):
+        for name in () if has_experts(config, i) else ("gate", "up", "down"):
             made[f"{theirs}mlp.{name}_proj.weight"] = p[f"{ours}feedforward.{name}.weight"]
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):
@@ -182,3 +217,5 @@ GPT2 = Reference(_gpt2, _gpt2_parameters)
 GPT_NEO = Reference(_gpt_neo, _gpt_neo_parameters)
 LLAMA = Reference(_llama, _llama_parameters)
 QWEN3 = Reference(_qwen3, _llama_parameters)
+MIXTRAL = Reference(_mixtral, _with_experts)
+QWEN3_MOE = Reference(_qwen3_moe, _with_experts)

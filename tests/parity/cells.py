@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,9 @@ from torch._dynamo.utils import counters
 
 from gptscale.config.rules import check, topology_of
 from gptscale.config.schema import (
+    Checkpointing,
     DataConfig,
+    DeepSpeedConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -36,6 +38,7 @@ from gptscale.model.init import initialise
 from gptscale.parallel.engine import Engine, build_engine
 from gptscale.parallel.held import holdings
 from gptscale.parallel.ranks import Ranks
+from gptscale.parallel.slices import is_of_experts
 from gptscale.parallel.spread import spread
 from gptscale.runtime.process import find_process
 from gptscale.topology import BatchSplit
@@ -55,7 +58,8 @@ class Cell:
     """One model and way of computing it, on whatever layout."""
 
     name: str
-    block: Literal["gpt3", "modern"]
+    block: Literal["gpt3", "gelu", "modern"]
+    """GPT-3's; the same without biases; or the usual one of today."""
     tied: bool
     compute: Literal["fp32", "bf16"]
     masks: bool = True
@@ -66,7 +70,7 @@ class Cell:
     """Rows of several documents, which do not see each other."""
     windows: bool = False
     """Every other layer looks back on a few tokens only."""
-    recompute: bool = False
+    recompute: Checkpointing = "none"
     """Activation checkpointing of every block on the layout under test; the plain reference keeps its activations."""
     compiled: bool = False
     """Blocks by `torch.compile`."""
@@ -79,16 +83,20 @@ class Cell:
     clip_norm: float = 1.0
     seed: int = 0
     """Of the initial weights."""
+    experts: int = 0
+    experts_per_token: int = 2
+    shared_experts: int = 0
+    expert_capacity: float = 0.0
 
 
 CELLS = (
     Cell("bf16", "gpt3", True, "bf16"),
     Cell("gpt3-tied", "gpt3", True, "fp32"),
     Cell("modern-untied", "modern", False, "fp32"),
-    Cell("recomputed", "modern", True, "fp32", recompute=True),
+    Cell("recomputed", "modern", True, "fp32", recompute="full"),
     Cell("skipped-step", "modern", True, "fp32", poisoned=3),
     Cell("muon", "gpt3", True, "fp32", poisoned=3, optimizer="muon"),
-    Cell("documents", "gpt3", True, "fp32", documents=True, windows=True, recompute=True),
+    Cell("documents", "gpt3", True, "fp32", documents=True, windows=True, recompute="selective"),
     Cell("extras", "modern", False, "fp32", documents=True, windows=True, extras=True),
 )
 DEEP = (
@@ -96,6 +104,24 @@ DEEP = (
     Cell("deep-untied", "modern", False, "fp32", poisoned=3, layers=4),
 )
 """For pipelines of more stages."""
+EXPERTS = (
+    Cell("experts", "modern", True, "fp32", experts=4, shared_experts=1),
+    Cell("experts-full", "modern", False, "fp32", experts=8, expert_capacity=0.75, recompute="full", poisoned=3),
+    Cell(
+        "experts-of-one",
+        "gelu",
+        True,
+        "fp32",
+        experts=4,
+        experts_per_token=1,
+        documents=True,
+        windows=True,
+        recompute="selective",
+    ),
+    Cell("experts-bf16", "modern", True, "bf16", experts=4),
+    Cell("experts-exact", "modern", True, "fp32", experts=4),
+)
+"""Of two layers the second has them, but where experts are full: there both."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +133,22 @@ class Layout:
     tensor: int = 1
     sequence: int = 1
     pipeline: int = 1
+    expert: int = 1
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    raw: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     @property
     def config(self) -> ParallelConfig:
         return ParallelConfig(
-            self.engine, self.stage, pipeline=self.pipeline, tensor=self.tensor, sequence=self.sequence
+            self.engine,
+            self.stage,
+            pipeline=self.pipeline,
+            tensor=self.tensor,
+            sequence=self.sequence,
+            expert=self.expert,
+            offload=self.offload,
+            offload_path="." if self.offload == "nvme" else None,
+            deepspeed=self.raw,
         )
 
 
@@ -134,6 +171,20 @@ def settings(cell: Cell, layout: Layout, micro_batch: int) -> TrainRoot:
             norm="rmsnorm",
             feedforward="swiglu",
             bias=False,
+        )
+    if cell.block == "gelu":
+        model = replace(model, bias=False)
+    if cell.experts:
+        model = replace(
+            model,
+            experts=cell.experts,
+            experts_per_token=cell.experts_per_token,
+            shared_experts=cell.shared_experts,
+            expert_capacity=cell.expert_capacity,
+            expert_width=48,
+            expert_layers=("experts",) if cell.expert_capacity else ("dense", "experts"),
+            balance_loss=0.1,  # ten times the usual, so that one left out would show
+            router_z_loss=0.01,
         )
     if cell.extras:
         model = replace(model, qk_norm=True, logit_softcap=20.0, z_loss=1e-3, embedding_scale=2.0)
@@ -173,10 +224,10 @@ def run_cells(layout: Layout, micro_batch: int, cells: tuple[Cell, ...]) -> None
 
 def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.compute]
-    with nullcontext() if ranks.model.size == 1 else torch.device("meta"):  # as training does
+    with torch.device("meta") if ranks.has_parts else nullcontext():  # as training does
         model = GPT(root.model, VOCABULARY, LENGTH, compute)
-    model.activation_checkpointing = "full" if cell.recompute and root.parallel.engine != "plain" else "none"
-    if ranks.model.size == 1:
+    model.activation_checkpointing = "none" if root.parallel.engine == "plain" else cell.recompute
+    if not ranks.has_parts:
         initialise(model, cell.seed)
     if cell.compiled:
         torch._dynamo.reset()
@@ -185,7 +236,7 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
     split = check(root, ranks.size)
     parameters = sum(p.numel() for p in model.parameters())
     cut = spread(model, ranks, root.parallel, cell.seed)
-    here = sum(prod(held.shape) for held in holdings(model, ranks).values())
+    whole = {held.name: prod(held.shape) for held in holdings(model, ranks).values()}
     engine = build_engine(model, cut, build_optimizer(model, root.optimizer), root, split, ranks)
     recorded: dict[str, npt.NDArray[Any]] = {f"initial:{name}": x for name, x in gathered(engine, "weight").items()}
     losses, norms, heldout = [], [], []
@@ -217,7 +268,8 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         "stage": None if inner is None else inner.zero_optimization_stage(),
         "updates": engine.updates(),
         "parameters": parameters,
-        "stage_parameters": here,
+        "stage_parameters": sum(whole.values()),
+        "expert_parameters": sum(size for name, size in whole.items() if is_of_experts(name)),
         "written": sum(piece.values.numel() for piece in pieces if piece.writes and piece.kind == "weight"),
         "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind in FIRST_MOMENTS),
         "graphs": counters["stats"]["unique_graphs"] if cell.compiled else 0,

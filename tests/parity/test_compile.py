@@ -20,7 +20,7 @@ from tests.parity.test_zero import (
 
 EAGER = (
     Cell("gpt3", "gpt3", True, "fp32"),
-    Cell("modern", "modern", False, "fp32", documents=True, windows=True, recompute=True),
+    Cell("modern", "modern", False, "fp32", documents=True, windows=True, recompute="full"),
     Cell("modern-bf16", "modern", True, "bf16", poisoned=3),
 )
 COMPILED = tuple(replace(cell, compiled=True) for cell in EAGER)

@@ -18,7 +18,7 @@ from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.spread import spread
 from tests.helpers import ranks
-from tests.parity.cells import CELLS, DEEP, PLAIN, Cell, Layout, join, run_cells
+from tests.parity.cells import CELLS, DEEP, EXPERTS, PLAIN, Cell, Layout, join, run_cells
 from tests.parity.test_zero import Recorded, assert_equal_in_fp32, initial_weights_are_equal, record, worst
 
 
@@ -34,13 +34,19 @@ CASES = (
     Case("PP2 x DP2", Layout("deepspeed", 1, pipeline=2), 4),
     Case("PP4", Layout("deepspeed", 1, pipeline=4), 4),
     Case("TP2 x PP2", Layout("deepspeed", 1, pipeline=2, tensor=2), 4),
+    Case("PP2 x TP2 x DP2", Layout("deepspeed", 1, pipeline=2, tensor=2), 8),
     *(Case(f"TP2, ZeRO-{stage}", Layout("deepspeed", stage, tensor=2), 2) for stage in range(4)),
     *(Case(f"TP2 x DP2, ZeRO-{stage}", Layout("deepspeed", stage, tensor=2), 4) for stage in (1, 3)),
     Case("TP4, ZeRO-1", Layout("deepspeed", 1, tensor=4), 4),
     *(Case(f"SP2, ZeRO-{stage}", Layout("deepspeed", stage, sequence=2), 2) for stage in range(4)),
     *(Case(f"SP2 x DP2, ZeRO-{stage}", Layout("deepspeed", stage, sequence=2), 4) for stage in range(4)),
     Case("SP2 x TP2, ZeRO-1", Layout("deepspeed", 1, tensor=2, sequence=2), 4),
+    *(Case(f"EP2, ZeRO-{stage}", Layout("deepspeed", stage, expert=2), 2) for stage in range(3)),
+    *(Case(f"EP2 x DP2, ZeRO-{stage}", Layout("deepspeed", stage, expert=2), 4) for stage in range(3)),
+    Case("EP4, ZeRO-1", Layout("deepspeed", 1, expert=4), 4),
+    *(Case(f"experts on all, ZeRO-{stage}", Layout("deepspeed", stage), 2) for stage in (1, 3)),
 )
+ALL = CELLS + DEEP + EXPERTS
 
 
 FEW = ("bf16", "gpt3-tied", "skipped-step", "documents", "extras")
@@ -49,9 +55,13 @@ FEW = ("bf16", "gpt3-tied", "skipped-step", "documents", "extras")
 
 def fits(cell: Cell, layout: Layout, size: int) -> bool:
     """What `gptscale.config.rules` lets through, and is worth the time."""
+    if layout.tensor * layout.pipeline * layout.sequence == 1 or cell.experts:
+        return cell.experts > 0 and layout.tensor * layout.pipeline * layout.sequence == 1
     if (cell.layers > 2) != (layout.pipeline > 2):
         return False
     if size > 2 and cell.layers == 2 and cell.name not in FEW:
+        return False
+    if size > 4 and cell.name not in ("gpt3-tied", "documents"):
         return False
     if layout.tensor * layout.pipeline > 1 and cell.optimizer == "muon":
         return False
@@ -93,8 +103,8 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
     folder = tmp_path_factory.mktemp("plain")
-    ranks.run(run_cells, [PLAIN, 2, CELLS + DEEP], 1, folder)
-    return {cell.name: record(folder, cell, 1)[0] for cell in CELLS + DEEP}
+    ranks.run(run_cells, [PLAIN, 2, ALL], 1, folder)
+    return {cell.name: record(folder, cell, 1)[0] for cell in ALL}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -103,7 +113,7 @@ def test_a_layout_equals_one_plain_process(
 ) -> None:
     row = Row(case)
     table.append(row)
-    cells = tuple(cell for cell in CELLS + DEEP if fits(cell, case.layout, case.size))
+    cells = tuple(cell for cell in ALL if fits(cell, case.layout, case.size))
     ranks.run(run_cells, [case.layout, 2, cells], case.size, tmp_path)
     for cell in cells:
         found, facts = record(tmp_path, cell, case.size)
@@ -118,7 +128,8 @@ def test_a_layout_equals_one_plain_process(
             row.weights.append(differences["weight"])
         else:
             assert differences["loss"] <= 1e-2
-            row.bf16 = inexactness(found, plain[cell.name], plain["gpt3-tied"])
+            exact = plain["experts-exact" if cell.experts else "gpt3-tied"]
+            row.bf16 = inexactness(found, plain[cell.name], exact)
             assert row.bf16 <= 2
         if cell.poisoned is not None:
             assert not np.isfinite(found["norm"][cell.poisoned])
@@ -148,9 +159,13 @@ def assert_layout_is_real(facts: list[dict[str, Any]], cell: Cell, case: Case) -
         assert fact["engine"] == ("PipelineEngine" if layout.pipeline > 1 else "ZeroEngine")
         assert fact["stage"] == stage
         assert fact["blocks_held"] == cell.layers // layout.pipeline
-        here = fact["stage_parameters"] / layout.tensor
+        of_experts = fact["expert_parameters"]
+        here = (fact["stage_parameters"] - of_experts) / layout.tensor + of_experts / layout.expert
         assert fact["weights_held"] == pytest.approx(here / (replicas if stage == 3 else 1), rel=0.05)
-        assert fact["moments_held"] == pytest.approx(here / (replicas if stage > 0 else 1), rel=0.05)
+        # The ranks that hold the same experts share out their state, those that hold others have others'.
+        moments = fact["parameters"] / replicas if cell.experts and stage > 0 else here / (replicas if stage > 0 else 1)
+        assert fact["moments_held"] == pytest.approx(moments, rel=0.05)
+        assert (of_experts > 0.1 * fact["parameters"]) == (cell.experts > 0)
     assert sum(fact["written"] for fact in facts) == facts[0]["parameters"]
     stages = [facts[number]["stage_parameters"] for number in range(0, case.size, case.size // layout.pipeline)]
     vocabulary = 2048 * 64
@@ -163,7 +178,7 @@ def test_dropout_is_drawn_alike_but_not_in_attention(tmp_path: Path) -> None:
     Activation checkpointing draws the same again, or its gradients would be of another model.
     """
     kept = Cell("kept", "modern", True, "fp32", dropout=0.3, documents=True)
-    again = replace(kept, name="again", recompute=True)
+    again = replace(kept, name="again", recompute="full")
     ranks.run(run_cells, [Layout("deepspeed", 1, tensor=2), 2, (kept, again)], 2, tmp_path)
     first, second = (record(tmp_path, cell, 2)[0] for cell in (kept, again))
     assert {key: value.tobytes() for key, value in first.items()} == {
@@ -192,18 +207,31 @@ MISTAKES: dict[str, tuple[str, Any]] = {
     "the vocabulary's parts overlap": ("gptscale.parallel.tensor._first_row", lambda *_: 0),
     "what peers hold alike counts twice": ("gptscale.parallel.flat_zero._counted", lambda gradients, *_: gradients),
 }
+EXPERT_MISTAKES: dict[str, tuple[str, Any]] = {
+    "experts learn from their holders' tokens alone": (
+        "gptscale.parallel.flat_zero.FlatZeroOptimizer._shares",
+        lambda optimizer, group: optimizer._ranks(group),
+    ),
+    "auxiliary losses are left out": (
+        "gptscale.model.experts.Router._losses",
+        lambda _, logits, *__: torch.zeros((), device=logits.device),
+    ),
+    "tokens get what experts made of others": ("gptscale.parallel.expert._inverse", lambda order: order),
+}
 
 
-def run_with(mistake: str, cells: tuple[Cell, ...]) -> None:
-    target, replacement = MISTAKES[mistake]
+def run_with(mistake: str, layout: Layout, cells: tuple[Cell, ...]) -> None:
+    target, replacement = (MISTAKES | EXPERT_MISTAKES)[mistake]
     with patch(target, replacement):
-        run_cells(Layout("deepspeed", 1, tensor=2), 2, cells)
+        run_cells(layout, 2, cells)
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *EXPERT_MISTAKES])
 def test_the_comparison_notices(mistake: str, plain: dict[str, Recorded], tmp_path: Path) -> None:
-    (cell,) = (cell for cell in CELLS if cell.name == "extras")
-    ranks.run(run_with, [mistake, (cell,)], 2, tmp_path)
+    name, axis = ("extras", "tensor") if mistake in MISTAKES else ("experts", "expert")
+    (cell,) = (cell for cell in ALL if cell.name == name)
+    layout = replace(Layout("deepspeed", 1), **{axis: 2})
+    ranks.run(run_with, [mistake, layout, (cell,)], 2, tmp_path)
     found, _ = record(tmp_path, cell, 2, alike=False)
     differences = worst(plain[cell.name], found)
     print(mistake, differences)

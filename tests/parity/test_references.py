@@ -11,7 +11,7 @@ from torch import Tensor
 from gptscale.config.schema import ModelConfig
 from gptscale.model.gpt import GPT
 from tests.helpers.plain_gpt import large_weights, random_batch
-from tests.helpers.references import GPT2, GPT_NEO, LLAMA, QWEN3, Reference
+from tests.helpers.references import GPT2, GPT_NEO, LLAMA, MIXTRAL, QWEN3, QWEN3_MOE, Reference
 
 VOCAB, TOKENS = 75, 40
 
@@ -30,6 +30,7 @@ MODERN = ModelConfig(
     vocab_multiple=1,
 )
 QWEN = replace(MODERN, qk_norm=True, head_width=16)
+EXPERTS = {"experts": 5, "experts_per_token": 2, "expert_width": 40, "balance_loss": 0.0, "router_z_loss": 0.0}
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,16 @@ CASES = {
         QWEN3,
         replace(QWEN, attention_pattern=("full", "window"), window=7),
         replace(QWEN, attention_pattern=("window", "full"), window=7),
+    ),
+    "Mixtral": Case(
+        MIXTRAL,
+        replace(MODERN, tied_embeddings=False, **EXPERTS),
+        replace(MODERN, tied_embeddings=False, **EXPERTS | {"experts_per_token": 1}),
+    ),
+    "Qwen3-MoE, every other layer": Case(
+        QWEN3_MOE,
+        replace(QWEN, expert_layers=("dense", "experts"), **EXPERTS | {"experts_per_token": 3}),
+        replace(QWEN, expert_layers=("dense", "experts"), **EXPERTS),
     ),
 }
 

@@ -18,7 +18,7 @@ from gptscale.parallel.spread import spread
 from gptscale.topology import split_batch
 from gptscale.train.optimizer import build_optimizer
 from tests.helpers import ranks as processes
-from tests.parity.cells import CELLS, GLOBAL_BATCH, LENGTH, PLAIN, VOCABULARY, Layout, batches, join, settings
+from tests.parity.cells import CELLS, EXPERTS, GLOBAL_BATCH, LENGTH, PLAIN, VOCABULARY, Layout, batches, join, settings
 
 Chain = tuple[tuple[Layout, int], ...]
 ZERO_0, ZERO_1, ZERO_2, ZERO_3 = (Layout("deepspeed", stage) for stage in range(4))
@@ -37,6 +37,16 @@ CHAIN: Chain = (
     (ZERO_3, 1),
     (PLAIN, 1),
 )
+EXPERT_CHAIN: Chain = (
+    (PLAIN, 1),
+    (Layout("deepspeed", 1, expert=2), 2),
+    (ZERO_3, 2),
+    (Layout("deepspeed", 0, expert=2), 4),
+    (Layout("deepspeed", 2, expert=4), 4),
+    (Layout("deepspeed", 2, expert=2), 4),
+    (ZERO_1, 2),
+    (PLAIN, 1),
+)
 MUON_CHAIN: Chain = ((ZERO_1, 2), (ZERO_3, 2), (PLAIN, 1), (ZERO_2, 2))
 
 
@@ -53,7 +63,7 @@ def refuse_compilers() -> None:
 def step_and_save(cell_name: str, layout: Layout, source: str | None, target: str) -> None:
     """Load what `source` holds into a fresh engine of another seed; save it again, or train three steps without one."""
     refuse_compilers()
-    cell = next(cell for cell in CELLS if cell.name == cell_name)
+    cell = next(cell for cell in CELLS + EXPERTS if cell.name == cell_name)
     root, ranks = settings(cell, layout, 2), join(layout)
     model = GPT(root.model, VOCABULARY, LENGTH, torch.float32)
     initialise(model, 0 if source is None else 17)
@@ -85,7 +95,9 @@ def step_and_save(cell_name: str, layout: Layout, source: str | None, target: st
     ranks.close()
 
 
-@pytest.mark.parametrize(("cell_name", "chain"), [("gpt3-tied", CHAIN), ("muon", MUON_CHAIN)])
+@pytest.mark.parametrize(
+    ("cell_name", "chain"), [("gpt3-tied", CHAIN), ("experts", EXPERT_CHAIN), ("muon", MUON_CHAIN)]
+)
 def test_a_state_survives_every_change_of_layout(
     cell_name: str, chain: tuple[tuple[Layout, int], ...], tmp_path: Path
 ) -> None:

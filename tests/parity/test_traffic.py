@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -14,13 +13,11 @@ import torch.distributed as dist
 from gptscale.bench.compare_layouts import check_sent
 from gptscale.bench.contender import Contender
 from gptscale.bench.group import BenchError
-from gptscale.bench.layouts import build_layouts
+from gptscale.bench.layouts import build_layouts, expected
 from gptscale.bench.workload import build_workload
 from gptscale.config.compose import compose
 from gptscale.config.schema import BenchLayoutsRoot
-from gptscale.parallel import zero
 from gptscale.parallel.ranks import Ranks
-from gptscale.plan import traffic
 from gptscale.plan.collectives import Payload
 from tests.helpers import ranks
 
@@ -53,7 +50,7 @@ class Case:
     settings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.name} of {self.size}"
+        return " ".join([f"{self.name} of {self.size}", *self.settings[-1:]])
 
 
 CASES = (
@@ -71,6 +68,7 @@ CASES = (
     Case("pipeline2", 2, (*BF16, "parallel.pipeline_layers=[3,1]")),
     Case("pipeline2-tensor2", 4, tuple(AGAIN)),
     Case("pipeline4", 4),
+    Case("tensor2-sequence2", 4, ("parallel.activation_checkpointing=selective",)),
 )
 
 
@@ -112,28 +110,15 @@ def test_four_bytes_too_many_are_noticed(tmp_path: Path) -> None:
     ranks.run(count_and_be_refused, [Case("zero1", 2)], 2, tmp_path)
 
 
-NEAR = 700_000
-"""Elements: less than a block has, and more than the head."""
-
-
-def gather_again(case: Case) -> None:
-    """Stage 3 where weights are far from their next use, which those of small models are not: told to both sides."""
-    stock = zero.zero_config
-
-    def near(*args: Any) -> dict[str, Any]:
-        config = stock(*args)
-        config["zero_optimization"] |= {"stage3_max_reuse_distance": NEAR, "stage3_prefetch_bucket_size": 0}
-        return config
-
-    with patch.object(zero, "zero_config", near), patch.object(traffic, "_REUSE_DISTANCE", NEAR):
-        count(case)
+NEAR = [
+    "parallel.deepspeed.zero_optimization.stage3_max_reuse_distance=700000",
+    "parallel.deepspeed.zero_optimization.stage3_prefetch_bucket_size=0",
+]
+"""Elements: of two blocks there are more, of one fewer."""
 
 
 def test_weights_that_are_let_go_are_gathered_again(tmp_path: Path) -> None:
-    case = Case("zero3", 2, (*LARGE, "model.layers=3"))
-    chosen = contender(case)
-    step = traffic.Step.of(chosen.settings, chosen.split, 2)
-    with patch.object(traffic, "_REUSE_DISTANCE", NEAR):
-        far = traffic.step_traffic(step)
-    assert far != traffic.step_traffic(step), "a distance that makes no difference shows nothing"
-    ranks.run(gather_again, [case], 2, tmp_path)
+    """Where their next use is far, which in small models it is not."""
+    near, far = Case("zero3", 2, (*LARGE, "model.layers=3")), Case("zero3", 2, (*LARGE, "model.layers=3", *NEAR))
+    assert expected(contender(near)) != expected(contender(far)), "a distance that makes no difference shows nothing"
+    ranks.run(count, [far], 2, tmp_path)

@@ -26,12 +26,18 @@ LAYOUTS = [
     ("deepspeed", 3, 4, "tensor"),
     ("deepspeed", 2, 4, "sequence"),
     ("deepspeed", 1, 2, "pipeline"),
+    ("deepspeed", 2, 4, "expert"),
+    ("deepspeed", 3, 2, "offload"),
 ]
-"""Engine, ZeRO stage, ranks, and which axis is 2."""
+"""Engine, ZeRO stage, ranks, and which axis is 2, or that state is on disk."""
 
 
 def layout(engine: str, stage: int, axis: str = "") -> list[str]:
     found = [f"parallel.engine={engine}", f"parallel.zero_stage={stage}"]
+    if axis == "expert":
+        found += ["model.experts=4", "model.expert_capacity=1.0", "model.bias=false"]
+    if axis == "offload":
+        return [*found, "parallel.offload=nvme", "parallel.offload_path=."]
     return [*found, f"parallel.{axis}=2"] if axis else found
 
 
@@ -39,7 +45,7 @@ def layout(engine: str, stage: int, axis: str = "") -> list[str]:
 def test_a_killed_run_goes_on_bit_for_bit(
     engine: str, stage: int, count: int, axis: str, corpus: Path, tmp_path: Path
 ) -> None:
-    every_steps = 0 if axis in ("pipeline", "sequence") else 2
+    every_steps = 0 if axis in ("pipeline", "sequence", "expert") else 2
     noise = f"train.noise_scale_every_steps={every_steps}"
     whole = [*small_run(corpus, tmp_path / "whole"), *layout(engine, stage, axis), noise]
     run_training(whole, count, tmp_path)

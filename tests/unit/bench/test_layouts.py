@@ -70,7 +70,7 @@ def test_settings_of_axes_belong_to_the_contenders() -> None:
         (["model.dropout=0.1"], "model.dropout=0.1: layouts drop other elements"),
         (
             ["optimizer=muon"],
-            "optimizer.name: what a step sends has a formula for adamw only\nuse optimizer.name=adamw",
+            "optimizer.name=muon: what a step sends has a formula for optimizer.name=adamw\nuse that",
         ),
         (["bench.rounds=0"], "bench.rounds=0 is below 1\n"),
         (["bench.output=/nowhere/at/all.json"], "bench.output=/nowhere/at/all.json cannot be written\n"),

@@ -40,7 +40,17 @@ def test_known_sizes() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_operations_are_those_that_run(variant: str) -> None:
-    config = replace(VARIANTS[variant], loss_chunk=7)
+    assert_operations(replace(VARIANTS[variant], loss_chunk=7))
+
+
+@pytest.mark.parametrize("name", ["all", "every other"])
+def test_operations_of_experts_are_those_that_run(name: str) -> None:
+    base = replace(VARIANTS["rotary"], layers=4, loss_chunk=7, experts=6, expert_width=24)
+    several = replace(base, experts_per_token=3, shared_experts=2, expert_layers=("dense", "experts"))
+    assert_operations(base if name == "all" else several)
+
+
+def assert_operations(config: ModelConfig) -> None:
     vocab, tokens, batch = 75, 16, 2
     model = GPT(config, vocab, tokens, torch.float32)
     initialise(model, 0)

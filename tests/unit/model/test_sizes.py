@@ -10,7 +10,7 @@ import torch
 
 from gptscale.config.compose import compose, group_options
 from gptscale.config.schema import ModelConfig, TrainRoot
-from gptscale.model.count import parameter_count
+from gptscale.model.count import matmul_parameter_count, parameter_count
 from gptscale.model.gpt import GPT
 
 VOCAB, LENGTH = 50257, 2048
@@ -46,6 +46,17 @@ def test_gpt3_has_as_many_parameters_as_published(models: dict[str, ModelConfig]
         # As printed, the two shapes that do not divide are other models; and no tied head would show too.
         untied = counted + 50304 * models[name].width
         assert untied / 1e6 != pytest.approx(millions, rel=0.003), name
+
+
+def test_a_mixture_has_as_many_parameters_as_published(models: dict[str, ModelConfig]) -> None:
+    """Jiang et al., arXiv 2401.04088, section 1: 47B, of which a token uses 13B; announced as 46.7B and 12.9B.
+
+    What a token uses has its row of the embedding, and so not the table.
+    """
+    mixtral = models["mixtral-8x7b"]
+    assert parameter_count(mixtral, 32_000, LENGTH) / 1e9 == pytest.approx(46.7, abs=0.05)
+    table = 32_000 * mixtral.width
+    assert (matmul_parameter_count(mixtral, 32_000) + table) / 1e9 == pytest.approx(12.9, abs=0.05)
 
 
 def test_all_are_counted_at_once_without_memory(models: dict[str, ModelConfig]) -> None:

@@ -11,8 +11,9 @@ import torch
 from gptscale.config.schema import ModelConfig
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
+from gptscale.parallel.ranks import Group
+from gptscale.parallel.slices import shard_of
 from gptscale.parallel.stages import keep, parameter_weights
-from gptscale.parallel.tensor import shard_of
 from gptscale.plan.stages import balanced, cuts
 
 
@@ -67,18 +68,21 @@ def test_stages_hold_every_parameter_once_by_its_name(tied: bool) -> None:
     assert all(len(numbers) == 1 for numbers in held.values())
 
 
+ALONE = Group(0, 1, None)
+
+
 def test_slices_tile_what_is_cut() -> None:
     model = GPT(ModelConfig(layers=1, width=16, heads=4, feedforward="swiglu"), 100, 8, torch.float32)
     cut = []
     for name, parameter in model.named_parameters():
         shapes = [list(parameter.shape) for _ in range(2)]
-        _, shard = shard_of(name, parameter.shape, 0, 2)
+        _, shard = shard_of(name, parameter.shape, Group(0, 2, None), ALONE)
         if shard is None:
             continue
         cut.append(name)
         for rank, shape in enumerate(shapes):
             shape[shard.dim] //= 2
-            whole, own = shard_of(name, torch.Size(shape), rank, 2)
+            whole, own = shard_of(name, torch.Size(shape), Group(rank, 2, None), ALONE)
             assert whole == tuple(parameter.shape)
             assert own is not None
             assert (own.start, own.size) == (rank * shape[shard.dim], shape[shard.dim])

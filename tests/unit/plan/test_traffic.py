@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gptscale.config.schema import ModelConfig, ParallelConfig
-from gptscale.plan.bubble import bubble
+from gptscale.plan.bubble import bubble, uneven_bubble
 from gptscale.plan.collectives import on_the_wire, wire_bytes
 from gptscale.plan.traffic import Step, Transfer, payload, step_traffic
 from gptscale.topology import Topology, split_batch
@@ -136,4 +136,7 @@ def test_a_bubble_is_what_a_schedule_leaves_empty() -> None:
         busy = {(stage, stage + micro) for stage in range(stages) for micro in range(micro_batches)}
         empty = stages * turns - 2 * len(busy)
         assert bubble(stages, micro_batches) == pytest.approx(empty / (stages * turns))
+        assert uneven_bubble([2.5] * stages, micro_batches) == pytest.approx(bubble(stages, micro_batches))
     assert (bubble(2, 2), bubble(4, 4)) == (1 / 3, 3 / 7)
+    # Stages of 1 and 2 seconds, two micro-batches: 1 + 2 + 2 seconds, of which the first works 2 and the second 4.
+    assert uneven_bubble([1, 2], 2) == uneven_bubble([2, 1], 2) == pytest.approx(1 - 6 / (2 * 5))
