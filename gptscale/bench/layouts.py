@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gptscale.bench.contender import MATMUL, Contender, check_measuring, check_names, one_step
-from gptscale.config.schema import BenchLayoutsRoot
+from gptscale.config.schema import BenchLayoutsRoot, DeepSpeedZeroConfig
 from gptscale.plan.collectives import Payload
 from gptscale.plan.parameters import Parameter, parts
 from gptscale.plan.traffic import Step, Transfer, payload, step_traffic
@@ -133,6 +133,7 @@ def _fsdp2(whole: list[list[Parameter]], contender: Contender) -> list[Transfer]
 
 
 def _with_layout(settings: BenchLayoutsRoot, layout: Layout) -> BenchLayoutsRoot:
+    raw = settings.parallel.deepspeed  # of whose sizes most are stage 3's, and refused elsewhere
     parallel = replace(
         settings.parallel,
         engine="deepspeed",
@@ -142,6 +143,7 @@ def _with_layout(settings: BenchLayoutsRoot, layout: Layout) -> BenchLayoutsRoot
         tensor=layout.tensor,
         sequence=layout.sequence,
         expert=1,
+        deepspeed=raw if layout.zero_stage == 3 else replace(raw, zero_optimization=DeepSpeedZeroConfig()),
     )
     return replace(settings, parallel=parallel)
 
