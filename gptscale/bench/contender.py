@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gptscale.config.rules import check
-from gptscale.config.schema import BenchRoot, ModelConfig, TrainRoot
+from gptscale.config.schema import BenchConfig, BenchRoot, ModelConfig, TrainRoot
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 from gptscale.train.optimizer import OPTIMIZERS
 
-Kind = Literal["bare", "ddp", "engine", "peer", "matmul", "kernels"]
+Kind = Literal["bare", "ddp", "fsdp2", "engine", "peer", "matmul", "kernels"]
 Section = Literal["engines", "other people's models", "ours with something changed"]
 
 MATMUL = "matmul"
@@ -95,9 +95,20 @@ class Contender:
 
 def build_contenders(settings: BenchRoot) -> list[Contender]:
     """The reference first, the matmul rate last. Raises UserError where settings do not fit together."""
-    _check(settings)
+    check_measuring(settings)
     bench = settings.bench
     known = _known(bench.ranks)
+    check_names(bench, known)
+    for name in bench.contenders:
+        if name in _PEERS and (why := peer_refusal(name, settings)) is not None:
+            raise UserError(f"bench.contenders: {name} cannot take part: {why}\nleave it out, or change the model")
+    reference = next(iter(known))
+    chosen = [name for name in known if name == reference or name in (bench.contenders or _default(settings))]
+    return [_contender(name, settings) for name in [*chosen, MATMUL]]
+
+
+def check_names(bench: BenchConfig, known: Collection[str]) -> None:
+    """Raises UserError where `bench.contenders` names one that is not known."""
     for name in bench.contenders:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -105,11 +116,6 @@ def build_contenders(settings: BenchRoot) -> list[Contender]:
                 f"did you mean {near[0]}?" if near else f"with bench.ranks={bench.ranks} there are: {', '.join(known)}"
             )
             raise UserError(f"bench.contenders: there is no '{name}'\n{fix}")
-        if name in _PEERS and (why := peer_refusal(name, settings)) is not None:
-            raise UserError(f"bench.contenders: {name} cannot take part: {why}\nleave it out, or change the model")
-    reference = next(iter(known))
-    chosen = [name for name in known if name == reference or name in (bench.contenders or _default(settings))]
-    return [_contender(name, settings) for name in [*chosen, MATMUL]]
 
 
 def kernel_timer(contender: Contender) -> Contender:
@@ -121,7 +127,7 @@ def kernel_timer(contender: Contender) -> Contender:
 def with_kernels(contender: Contender, kernels: Mapping[str, str]) -> Contender:
     """Ours with these kernels, unless its own settings name one; a peer has its own."""
     named = contender.settings.train.attention_kernel not in ("auto", "fastest")
-    ours = contender.kind in ("bare", "ddp", "engine")
+    ours = contender.kind in ("bare", "ddp", "fsdp2", "engine")
     return replace(contender, kernels=kernels) if ours and not named else contender
 
 
@@ -178,7 +184,8 @@ def _default(settings: BenchRoot) -> list[str]:
     return [*_ALONE, *(name for name in _PEERS if peer_refusal(name, settings) is None)]
 
 
-def _check(settings: BenchRoot) -> None:
+def check_measuring(settings: BenchRoot) -> None:
+    """Raises UserError where nothing can be measured with these settings."""
     for key in ("rounds", "steps_per_turn", "warmup_steps", "ranks", "threads"):
         value = getattr(settings.bench, key)
         if value < 1:
@@ -200,18 +207,24 @@ def _contender(name: str, settings: BenchRoot) -> Contender:
         model = replace(model, loss_chunk=settings.train.micro_batch * settings.data.sequence_length)
     if name.startswith("optimizer-"):
         optimizer = replace(optimizer, name=name.removeprefix("optimizer-"))
-    # The length of a run has no part in a step; neither has where it starts.
-    one_step = replace(settings.train, steps=1, tokens=None)
+    train = settings.train
     if name == "attention-blocked":
-        one_step = replace(one_step, attention_kernel="blocked")
+        train = replace(train, attention_kernel="blocked")
     elif name == "attention-sdpa":
-        one_step = replace(one_step, attention_kernel="sdpa")
+        train = replace(train, attention_kernel="sdpa")
     elif name == "compile":
-        one_step = replace(one_step, compile="block")
+        train = replace(train, compile="block")
+    made = replace(settings, model=model, optimizer=optimizer, parallel=parallel, train=train)
+    return one_step(name, _kind(name), made)
+
+
+def one_step(name: str, kind: Kind, settings: BenchRoot) -> Contender:
+    """The contender that takes a step of these settings. Raises UserError where they do not fit together."""
+    # The length of a run has no part in a step; neither has where it starts.
+    train = replace(settings.train, steps=1, tokens=None)
     launch = replace(settings.launch, kind="local", nodes=1, ranks=settings.bench.ranks)
-    made = replace(settings, model=model, optimizer=optimizer, parallel=parallel, train=one_step, launch=launch)
-    split = check(made, settings.bench.ranks)
-    return Contender(name, _kind(name), made, split, settings.bench.ranks, settings.bench.threads)
+    made = replace(settings, train=train, launch=launch)
+    return Contender(name, kind, made, check(made, settings.bench.ranks), settings.bench.ranks, settings.bench.threads)
 
 
 def _kind(name: str) -> Kind:

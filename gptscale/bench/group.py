@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from gptscale.bench.contender import Contender
-from gptscale.bench.turns import Failed, Ready, Turn, serve
+from gptscale.bench.turns import Count, Counted, Failed, Ready, Request, Take, Turn, Watch, Watched, serve
 from gptscale.runtime.errors import UserError
 
 _LOG_TAIL = 15
 """Lines of a dead process's output that are shown."""
 
-Message = TypeVar("Message", Ready, Turn)
+Message = TypeVar("Message", Ready, Turn, Counted, Watched)
 
 
 class BenchError(RuntimeError):
@@ -55,11 +55,7 @@ class Group:
 
     def turn(self, steps: int) -> Turn:
         """Have all ranks take `steps` steps: elapsed time of the slowest, CPU-seconds of all together."""
-        for rank, connection in enumerate(self._connections):
-            try:
-                connection.send(steps)
-            except (BrokenPipeError, ConnectionResetError):
-                raise BenchError(self._obituary(rank)) from None
+        self._ask(Take(steps))
         turns = self._answers(Turn)
         if any(turn.losses != turns[0].losses for turn in turns):
             raise BenchError(f"the ranks of {self.contender.name} report different losses of the same global batch")
@@ -70,6 +66,16 @@ class Group:
             peak_bytes=max(turn.peak_bytes for turn in turns),
         )
 
+    def count(self) -> list[Counted]:
+        """Have all ranks take a step, and count what each hands over: by rank."""
+        self._ask(Count())
+        return self._answers(Counted)
+
+    def watch(self, steps: int, micro_batches: int) -> list[Watched]:
+        """Have all ranks, stages of a pipeline, take steps of `micro_batches`, and note when each computes: by rank."""
+        self._ask(Watch(steps, micro_batches))
+        return self._answers(Watched)
+
     def close(self) -> None:
         """End the processes and wait for them, whatever they do."""
         for process in self._processes:
@@ -78,6 +84,13 @@ class Group:
             process.join()
         for connection in self._connections:
             connection.close()
+
+    def _ask(self, request: Request) -> None:
+        for rank, connection in enumerate(self._connections):
+            try:
+                connection.send(request)
+            except (BrokenPipeError, ConnectionResetError):
+                raise BenchError(self._obituary(rank)) from None
 
     def _answers(self, kind: type[Message]) -> list[Message]:
         """One message of every rank. All are listened to at once: a rank whose peer has died may never answer."""

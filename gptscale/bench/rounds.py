@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from gptscale.bench.contender import (
     COMPARED_STEPS,
@@ -18,8 +19,12 @@ from gptscale.bench.contender import (
     with_kernels,
 )
 from gptscale.bench.group import BenchError, Group, fork_context
-from gptscale.bench.turns import Ready, Turn
+from gptscale.bench.turns import Ready, Turn, Watched
 from gptscale.config.schema import BenchConfig
+from gptscale.plan.collectives import Payload
+
+CheckSent = Callable[[Contender, Sequence[Payload]], None]
+"""Told, by rank, what a contender's step hands over; raises BenchError where that cannot be."""
 
 
 @dataclass
@@ -34,6 +39,10 @@ class Samples:
     """Whether it takes the reference's steps."""
     compared_steps: int = COMPARED_STEPS
     """Steps over which its losses must be the reference's."""
+    sent: Sequence[Payload] = ()
+    """By rank, where it was counted: what a step hands to other ranks."""
+    watched: dict[int, list[Sequence[Watched]]] = field(default_factory=dict)
+    """By micro-batches of a step, where the schedule of a pipeline was watched: of each round, by rank."""
 
     @property
     def peak_bytes(self) -> int:
@@ -46,9 +55,13 @@ def measure(
     bench: BenchConfig,
     port: Callable[[], int],
     say: Callable[[str], None],
+    check_sent: CheckSent | None = None,
+    watched_micro_batches: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, Samples]:
     """Samples by name, the first contender being the reference. `port` gives each a port where its ranks meet.
-    `kernels`: what attends in each kind of layer of ours, unless a contender's settings name one.
+    `kernels`: what attends in each kind of layer of ours, unless a contender's settings name one. With `check_sent`
+    what each rank hands to others is counted in a step after the warm-up, and told to it. `watched_micro_batches` are
+    those of the steps in which pipelines, by name, are watched after the rounds.
 
     Raises BenchError where a contender fails, or computes something else than the reference: its losses, after the
     same number of steps, must be the same.
@@ -75,6 +88,14 @@ def measure(
             say(f"warming up {name}")
             measured[name].losses += groups[name].turn(bench.warmup_steps).losses
         check_equal_losses(measured, tolerance)
+        if check_sent is not None:
+            say("counting bytes")
+            for contender in contenders:
+                if contender.name != MATMUL:
+                    counted = groups[contender.name].count()
+                    measured[contender.name].losses.append(counted[0].loss)
+                    measured[contender.name].sent = [of_rank.payload for of_rank in counted]
+                    check_sent(contender, measured[contender.name].sent)
         for number in range(bench.rounds):
             say(f"round {number + 1} of {bench.rounds}")
             for name in turn_order(list(groups), number):
@@ -82,6 +103,12 @@ def measure(
                 measured[name].rounds.append(turn)
                 measured[name].losses += turn.losses
         check_equal_losses(measured, tolerance)
+        for name, several in watched_micro_batches.items():
+            say(f"watching {name}")
+            measured[name].watched = {micro_batches: [] for micro_batches in several}
+            for _ in range(bench.rounds):
+                for micro_batches, found in measured[name].watched.items():
+                    found.append(groups[name].watch(bench.steps_per_turn, micro_batches))
         return measured
 
 

@@ -1,7 +1,8 @@
 """What a contender's process and the parent tell each other. No torch here.
 
-parent → process    an int: take so many steps now; 0: end
-process → parent    Ready once, then a Turn for every request; Failed, and the end, where something goes wrong
+parent → process    Take, Count or Watch: what to do now
+process → parent    Ready once, then a Turn, Counted or Watched for every request; Failed, and the end, where something
+                    goes wrong
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from gptscale.bench.contender import Contender
+from gptscale.plan.collectives import Payload
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.malloc import keep_freed_memory
 from gptscale.runtime.process import ALONE, LAUNCHER_VARIABLE
@@ -42,6 +44,41 @@ class Turn:
     """CPU time of the whole process, all its threads."""
     peak_bytes: int
     """Most memory so far: of the process on a CPU, of the device's allocator on a GPU."""
+
+
+@dataclass(frozen=True)
+class Take:
+    """Take so many optimizer steps."""
+
+    steps: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """Take one, and count what it hands to other ranks."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    loss: float
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Take so many of fewer micro-batches, and note when this stage of a pipeline computes."""
+
+    steps: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Watched:
+    passes_s: tuple[tuple[tuple[float, float], ...], ...]
+    """Of each step, when forward and backward passes began and ended, by a clock that all ranks have in common."""
+
+
+Request = Take | Count | Watch
 
 
 @dataclass(frozen=True)
@@ -89,10 +126,18 @@ def _take_turns(connection: Connection, contender: Contender) -> None:
         return
     workload = build_workload(contender)
     connection.send(Ready(workload.built, str(workload.device), keeps_freed_memory))
-    while steps := connection.recv():
-        samples = [workload.timed_step() for _ in range(steps)]
-        losses, wall_s, cpu_s = zip(*samples, strict=True)
-        connection.send(Turn(losses, wall_s, cpu_s, workload.peak_bytes() or process_peak_bytes()))
+    while True:
+        request: Request = connection.recv()
+        match request:
+            case Take(steps):
+                samples = [workload.timed_step() for _ in range(steps)]
+                losses, wall_s, cpu_s = zip(*samples, strict=True)
+                connection.send(Turn(losses, wall_s, cpu_s, workload.peak_bytes() or process_peak_bytes()))
+            case Count():
+                connection.send(Counted(*workload.counted_step()))
+            case Watch(steps, micro_batches):
+                passes_s = tuple(workload.watched_step(micro_batches) for _ in range(steps))
+                connection.send(Watched(passes_s))
 
 
 def process_peak_bytes() -> int:

@@ -8,30 +8,24 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from gptscale.bench.contender import MATMUL_SIZE, Contender
+from gptscale.bench.ours import Step, build_ours
+from gptscale.bench.several_ranks import ddp_step, engine_step, fsdp2_step
+from gptscale.bench.traffic import TrafficCounter
 from gptscale.checkpoint.trained import COMPUTE_TYPES
+from gptscale.config.rules import topology_of
 from gptscale.config.schema import TrainRoot
 from gptscale.data.rows import document_starts
 from gptscale.flow import Batch
-from gptscale.model.attention import LayerKind
-from gptscale.model.gpt import GPT
-from gptscale.model.kernels import KernelName
-from gptscale.parallel.engine import build_engine
 from gptscale.parallel.plain import on_device
-from gptscale.parallel.ranks import Ranks
-from gptscale.parallel.spread import spread
+from gptscale.plan.collectives import Payload
 from gptscale.runtime.process import ProcessInfo, find_process
 from gptscale.runtime.seeds import derive_seed
-from gptscale.train.kernels import named_kernel
 from gptscale.train.optimizer import build_optimizer, parameter_groups
 from gptscale.train.setup import build_model
 
@@ -39,9 +33,6 @@ POOL = 4
 """Different global batches, which steps go round."""
 DOCUMENTS = 4
 """In a row, on average, where there are document masks."""
-
-Step = Callable[[Sequence[Batch]], float]
-"""One optimizer step over this rank's micro-batches of a global batch; returns the global batch's mean loss."""
 
 
 @dataclass
@@ -62,6 +53,20 @@ class Workload:
         loss = self.step(microbatches)
         return loss, time.perf_counter() - wall_s, time.process_time() - cpu_s
 
+    def counted_step(self) -> tuple[float, Payload]:
+        """Loss of one step, and what it handed to other ranks."""
+        with TrafficCounter() as counter:
+            loss, *_ = self.timed_step()
+        return loss, counter.counted()
+
+    def watched_step(self, micro_batches: int) -> tuple[tuple[float, float], ...]:
+        """When this stage of a pipeline computed in a step of the first `micro_batches` of a batch."""
+        from gptscale.parallel.occupancy import watched_schedule
+
+        with watched_schedule() as passes_s:
+            self.step(self.batches[0][:micro_batches])
+        return tuple(passes_s)
+
     def peak_bytes(self) -> int:
         """Most memory of the device; 0 on a CPU, whose allocator keeps no count."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -75,26 +80,19 @@ def build_workload(contender: Contender) -> Workload:
     device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if contender.kind == "matmul":
         return Workload("torch.mm", device, matmul_step(settings, device), [[]], settings.run.seed)
-    built, step = {"bare": bare_step, "ddp": ddp_step, "engine": engine_step, "peer": peer_step}[contender.kind](
-        contender, process, device
-    )
+    builders = {
+        "bare": bare_step,
+        "ddp": ddp_step,
+        "fsdp2": fsdp2_step,
+        "engine": engine_step,
+        "peer": peer_step,
+    }
+    built, step = builders[contender.kind](contender, process, device)
     # DeepSpeed changes torch for the process that imports it; what it is compared with must be torch's own.
     with_deepspeed = contender.kind == "engine" and settings.parallel.engine == "deepspeed"
     if with_deepspeed != ("deepspeed" in sys.modules):
         raise RuntimeError(f"{contender.name} must {'have' if with_deepspeed else 'not have'} imported deepspeed")
     return Workload(built, device, step, random_batches(contender, process.rank, device), settings.run.seed)
-
-
-def build_ours(contender: Contender) -> GPT:
-    """Our model with the attention kernels that its settings name, or that were timed for all of ours."""
-    settings = contender.settings
-    model = build_model(settings, settings.tokenizer.vocab_size)
-    wanted = named_kernel(settings)
-    if wanted is not None:
-        model.use_attention(wanted)
-    for kind, kernel in contender.kernels.items():
-        model.use_attention(cast(KernelName, kernel), cast(LayerKind, kind))
-    return model
 
 
 def bare_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
@@ -160,53 +158,6 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
     return f"{type(model).__name__}{'' if name == 'nanogpt' else f', {attention}'}, {fused}AdamW", step
 
 
-def ddp_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
-    """The same over several ranks, with what torch's guide to DDP advises: no needless reduction, no copy."""
-    settings = contender.settings
-    model = build_ours(contender).to(device)
-    optimizer = build_optimizer(model, settings.optimizer)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    parameters = list(model.parameters())
-    clip_norm = settings.optimizer.clip_norm or float("inf")
-
-    def step(microbatches: Sequence[Batch]) -> float:
-        optimizer.zero_grad()
-        tokens = sum(batch.loss_tokens for batch in microbatches) * process.world_size
-        total = torch.zeros((), device=device)
-        for batch in microbatches:
-            last = batch is microbatches[-1]
-            with nullcontext() if last else parallel.no_sync():
-                loss = parallel(*on_device(batch, device)) / tokens
-                (loss * process.world_size).backward()  # DDP takes the mean of the ranks' gradients
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-        optimizer.step()
-        dist.all_reduce(total)
-        return float(total)
-
-    return f"{type(parallel).__name__}, {type(optimizer).__name__}", step
-
-
-def engine_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
-    """An engine as training builds it."""
-    settings = contender.settings
-    ranks = Ranks(process, settings.parallel.engine == "deepspeed", settings.parallel.timeout_s)
-    assert ranks.device == device
-    model = build_ours(contender)
-    cut = spread(model, ranks, settings.parallel, settings.run.seed)
-    optimizer = build_optimizer(model, settings.optimizer)
-    engine = build_engine(model, cut, optimizer, settings, contender.split, ranks)
-    rate = settings.optimizer.learning_rate
-
-    def step(microbatches: Sequence[Batch]) -> float:
-        result = engine.train_step(microbatches, rate)
-        return float(result.loss)
-
-    stage = f", stage {settings.parallel.zero_stage}" if settings.parallel.engine == "deepspeed" else ""
-    return type(engine).__name__ + stage, step
-
-
 def matmul_step(settings: TrainRoot, device: torch.device) -> Step:
     """One product of square matrices in the type that the model multiplies in."""
     size, compute = MATMUL_SIZE[device.type], COMPUTE_TYPES[settings.precision.compute]
@@ -226,6 +177,7 @@ def random_batches(contender: Contender, rank: int, device: torch.device) -> lis
     With document masks a row is of some `DOCUMENTS` documents, which end at random.
     """
     settings, split = contender.settings, contender.split
+    data_rank = topology_of(settings.parallel, contender.ranks).coordinates(rank).data
     length = settings.data.sequence_length
     pool = []
     for index in range(POOL):
@@ -236,7 +188,7 @@ def random_batches(contender: Contender, rank: int, device: torch.device) -> lis
         if settings.data.document_mask:
             ends = torch.rand((split.global_batch, length), generator=generator) < DOCUMENTS / length
             starts = torch.from_numpy(document_starts(ends.numpy(), end_of_text=True))
-        mine = list(split.rows(rank))
+        mine = list(split.rows(data_rank))
         microbatches = []
         for part in (mine[first : first + split.micro_batch] for first in range(0, len(mine), split.micro_batch)):
             starts_BT = None if starts is None else starts[part]

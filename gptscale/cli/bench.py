@@ -1,4 +1,4 @@
-"""`gptscale bench step|data`: what an optimizer step costs, or its data, beside other people's."""
+"""`gptscale bench step|layouts|data`: what an optimizer step costs, or its data, beside other people's."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from gptscale.config.compose import compose
-from gptscale.config.schema import BenchDataRoot, BenchRoot
+from gptscale.config.schema import BenchDataRoot, BenchLayoutsRoot, BenchRoot
 from gptscale.launcher.ports import reserved_port
 from gptscale.runtime.errors import EXIT_DONE, EXIT_FAILED, UserError
 from gptscale.runtime.files import write_bytes_atomically
 
 SUBJECTS = {
     "step": "one optimizer step of every engine, beside a bare loop, Hugging Face and a nanoGPT-style loop",
+    "layouts": "one optimizer step of every layout of ranks, beside torch's DDP and FSDP2, and what it sends",
     "data": "reading training data and tokenising, beside other people's loaders and tokenizers",
 }
 
@@ -30,14 +31,14 @@ def help_text() -> str:
 
     return "\n\n".join(
         settings_help(f"bench {name}", SUBJECTS[name], schema, f"gptscale bench {name} bench.output={name}.json")
-        for name, schema in (("step", BenchRoot), ("data", BenchDataRoot))
+        for name, schema in (("step", BenchRoot), ("layouts", BenchLayoutsRoot), ("data", BenchDataRoot))
     )
 
 
 def run(arguments: Sequence[str]) -> int:
     subject = _subject(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
-    measure = {"step": _step, "data": _data}[subject]
+    measure = {"step": _step, "layouts": _layouts, "data": _data}[subject]
     return measure(arguments[1:], f"gptscale bench {shlex.join(arguments)}")
 
 
@@ -54,12 +55,7 @@ def _step(arguments: Sequence[str], command: str) -> int:
     with ExitStack() as ports:
         try:
             report = bench_step(
-                settings.bench,
-                contenders,
-                command,
-                lambda: 0 if settings.bench.ranks == 1 else ports.enter_context(reserved_port()),
-                _say,
-                left_out(settings),
+                settings.bench, contenders, command, _ports(ports, settings.bench.ranks), _say, left_out(settings)
             )
         except BenchError as error:
             print(error, file=sys.stderr)
@@ -67,6 +63,34 @@ def _step(arguments: Sequence[str], command: str) -> int:
     _write(output, to_json(report))
     print(to_text(report))
     return EXIT_DONE
+
+
+def _layouts(arguments: Sequence[str], command: str) -> int:
+    settings = compose("bench_layouts", BenchLayoutsRoot, arguments).settings
+    from gptscale.bench.compare_layouts import bench_layouts
+    from gptscale.bench.group import BenchError
+    from gptscale.bench.layouts import build_layouts
+    from gptscale.bench.layouts_report import to_json, to_text
+
+    contenders, left_out = build_layouts(settings)
+    output = _writable(settings.bench.output)
+    _prepare_openmp(settings.bench.threads)
+    with ExitStack() as ports:
+        try:
+            report = bench_layouts(
+                settings.bench, contenders, command, _ports(ports, settings.bench.ranks), _say, left_out
+            )
+        except BenchError as error:
+            print(error, file=sys.stderr)
+            return EXIT_FAILED
+    _write(output, to_json(report))
+    print(to_text(report))
+    return EXIT_DONE
+
+
+def _ports(held: ExitStack, ranks: int) -> Callable[[], int]:
+    """Ports where the ranks of contenders meet, kept as long as the stack is; 0 for a world of one."""
+    return lambda: 0 if ranks == 1 else held.enter_context(reserved_port())
 
 
 def _data(arguments: Sequence[str], command: str) -> int:

@@ -605,6 +605,27 @@ class BenchRoot(TrainRoot):
 
 
 @dataclass(frozen=True)
+class BenchLayoutsConfig(BenchConfig):
+    """How `gptscale bench layouts` measures."""
+
+    ranks: int = 2
+    """Ranks of every contender, on this host."""
+    contenders: tuple[str, ...] = ()
+    """Default: every layout for this many ranks that the model allows, and torch's FSDP2. DDP is always there."""
+    together: int = 4
+    """Contenders that are alive at a time, in memory, beside DDP and matrix products."""
+    micro_batches: tuple[int, ...] = (2, 4, 8)
+    """Of a step in which a pipeline's bubble is measured."""
+
+
+@dataclass(frozen=True)
+class BenchLayoutsRoot(BenchRoot):
+    """What `gptscale bench layouts` reads: as `bench step`, whose axes of `parallel` belong to the contenders too."""
+
+    bench: BenchLayoutsConfig = field(default_factory=BenchLayoutsConfig)
+
+
+@dataclass(frozen=True)
 class BenchDataConfig:
     """How `gptscale bench data` measures."""
 

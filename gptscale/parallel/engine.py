@@ -13,7 +13,7 @@ from gptscale.model.gpt import GPT
 from gptscale.parallel.gradients import steps_in_kernel
 from gptscale.parallel.optimizer_state import KnowsParameters
 from gptscale.parallel.ranks import Ranks
-from gptscale.parallel.stages import Cut
+from gptscale.plan.stages import Cut
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 

@@ -36,7 +36,7 @@ from gptscale.parallel.held import holdings
 from gptscale.parallel.on_deepspeed import OnDeepSpeed, let_speak
 from gptscale.parallel.plain import on_device
 from gptscale.parallel.ranks import Ranks
-from gptscale.parallel.stages import Cut
+from gptscale.plan.stages import Cut
 from gptscale.topology import BatchSplit
 
 

@@ -7,8 +7,9 @@ from gptscale.model.gpt import GPT
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.sequence import split_sequences
 from gptscale.parallel.slices import take_slices
-from gptscale.parallel.stages import Cut, balanced, cuts, keep, parameter_weights
+from gptscale.parallel.stages import keep, parameter_weights
 from gptscale.parallel.tensor import join_slices
+from gptscale.plan.stages import Cut, balanced, cuts
 
 
 def by_parts(ranks: Ranks, parallel: ParallelConfig, block: str = "gpt") -> bool:

@@ -30,8 +30,9 @@ from gptscale.config.schema import ModelConfig
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.ranks import Group
-from gptscale.parallel.stages import balanced, cuts, keep, parameter_weights
+from gptscale.parallel.stages import keep, parameter_weights
 from gptscale.parallel.slices import take_slices
+from gptscale.plan.stages import balanced, cuts
 
 def kib(field):
     return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])

@@ -13,7 +13,8 @@ from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.ranks import Group
 from gptscale.parallel.slices import shard_of
-from gptscale.parallel.stages import balanced, cuts, keep, parameter_weights
+from gptscale.parallel.stages import keep, parameter_weights
+from gptscale.plan.stages import balanced, cuts
 
 
 def heaviest(weights: list[float], counts: tuple[int, ...]) -> float:
