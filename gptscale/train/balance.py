@@ -24,8 +24,8 @@ from gptscale.model.gpt import GPT
 from gptscale.model.kernel_timing import wait_for
 from gptscale.parallel.ranks import Ranks
 from gptscale.parallel.slices import take_slices
-from gptscale.parallel.stages import balanced
 from gptscale.parallel.tensor import join_slices
+from gptscale.plan.stages import balanced
 from gptscale.runtime.files import write_bytes_atomically
 
 LOG = logging.getLogger("gptscale.train")

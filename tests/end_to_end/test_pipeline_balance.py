@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptscale.config.schema import DataConfig, ModelConfig, ParallelConfig, TrainConfig, TrainRoot
 from gptscale.parallel.ranks import Ranks
-from gptscale.parallel.stages import balanced
+from gptscale.plan.stages import balanced
 from gptscale.runtime.process import ALONE
 from gptscale.train.balance import seconds_of_parts
 from tests.helpers.training import exact_part, read_metrics, run_training, small_run
