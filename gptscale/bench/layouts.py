@@ -24,27 +24,38 @@ class Layout:
     pipeline: int = 1
     tensor: int = 1
     sequence: int = 1
+    shard_norms: bool = False
 
     @property
     def name(self) -> str:
         axes = [f"{axis}{size}" for axis in ("pipeline", "tensor", "sequence") if (size := getattr(self, axis)) > 1]
-        return "-".join([*axes, *([f"zero{self.zero_stage}"] if not axes or self.zero_stage != 1 else [])])
+        zero = [f"zero{self.zero_stage}"] if not axes or self.zero_stage != 1 else []
+        return "-".join([*axes, *(["norms"] if self.shard_norms else []), *zero])
 
 
 _ON_ANY = tuple(Layout(stage) for stage in range(4))
 _LAYOUTS = {
-    2: (*_ON_ANY, Layout(tensor=2), Layout(sequence=2), Layout(3, sequence=2), Layout(pipeline=2)),
+    2: (
+        *_ON_ANY,
+        Layout(tensor=2),
+        Layout(tensor=2, shard_norms=True),
+        Layout(sequence=2),
+        Layout(3, sequence=2),
+        Layout(pipeline=2),
+    ),
     4: (
         *_ON_ANY,
         Layout(tensor=2),
         Layout(3, tensor=2),
         Layout(tensor=4),
+        Layout(tensor=4, shard_norms=True),
         Layout(sequence=2),
         Layout(3, sequence=2),
         Layout(sequence=4),
         Layout(tensor=2, sequence=2),
         Layout(pipeline=2),
         Layout(pipeline=2, tensor=2),
+        Layout(pipeline=2, tensor=2, shard_norms=True),
         Layout(pipeline=4),
     ),
 }
@@ -141,6 +152,7 @@ def _with_layout(settings: BenchLayoutsRoot, layout: Layout) -> BenchLayoutsRoot
         pipeline=layout.pipeline,
         pipeline_layers=settings.parallel.pipeline_layers if layout.pipeline > 1 else None,
         tensor=layout.tensor,
+        shard_norms=layout.shard_norms,
         sequence=layout.sequence,
         expert=1,
         deepspeed=raw if layout.zero_stage == 3 else replace(raw, zero_optimization=DeepSpeedZeroConfig()),

@@ -31,6 +31,7 @@ class _Rule:
 _RULES = {
     "allreduce_": _Rule("all-reduce", "tensors"),
     "allreduce_coalesced_": _Rule("all-reduce", "tensors"),
+    "reduce_": _Rule("reduce", "tensors"),
     "allgather_": _Rule("all-gather", "output_tensors"),
     "allgather_coalesced_": _Rule("all-gather", "output_lists"),
     "_allgather_base_": _Rule("all-gather", "output_tensor"),

@@ -351,6 +351,8 @@ def _check_engine(settings: TrainRoot, world_size: int) -> None:
         _check_tensor(settings)
     if parallel.sequence > 1:
         _check_sequence(settings)
+    if parallel.shard_norms:
+        _check_shard_norms(settings)
     if parallel.expert > 1:
         _check_expert(settings)
     _check_offload(settings)
@@ -483,16 +485,19 @@ def _check_sequence(settings: TrainRoot) -> None:
                 f"{by}={parallel.sequence * parallel.tensor} does not divide {key}={count}\n"
                 f"use a {key} that it divides, or fewer ranks a row: parallel.sequence=1"
             )
+    _check_lengths(settings, "sequence")
+    _check_cut(settings, "sequence")
+    _refuse_noise(settings, "sequence")
+
+
+def _check_lengths(settings: TrainRoot, axis: str) -> None:
+    """Rows have to be cut evenly along an axis."""
+    size = getattr(settings.parallel, axis)
     lengths = {"data.sequence_length": settings.data.sequence_length, "train.length_from": settings.train.length_from}
     lengths |= {f"sequence_length of stage {stage.name}": stage.sequence_length for stage in settings.data.stages}
     for key, length in lengths.items():
-        if length is not None and length % parallel.sequence:
-            raise UserError(
-                f"parallel.sequence={parallel.sequence} does not divide {key}={length}\n"
-                f"use a multiple of {parallel.sequence} tokens"
-            )
-    _check_cut(settings, "sequence")
-    _refuse_noise(settings, "sequence")
+        if length is not None and length % size:
+            raise UserError(f"parallel.{axis}={size} does not divide {key}={length}\nuse a multiple of {size} tokens")
 
 
 def _check_expert(settings: TrainRoot) -> None:
@@ -534,6 +539,24 @@ def _check_with_experts(settings: TrainRoot) -> None:
             f"optimizer.name=muon works on matrices, and model.experts={model.experts} are stacks of them\n"
             "use optimizer=adamw"
         )
+
+
+def _check_shard_norms(settings: TrainRoot) -> None:
+    parallel = settings.parallel
+    for key, value, needed in (
+        ("parallel.sequence", parallel.sequence, "1"),
+        ("model.dropout", settings.model.dropout, "0"),
+    ):
+        if str(value) not in (needed, f"{needed}.0"):
+            raise UserError(
+                f"parallel.shard_norms=true does not go with {key}={value}\n"
+                f"use {key}={needed}, or parallel.shard_norms=false"
+            )
+    if parallel.tensor == 1:
+        raise UserError(
+            "parallel.shard_norms=true has no effect with parallel.tensor=1\nset parallel.tensor, or leave it out"
+        )
+    _check_lengths(settings, "tensor")
 
 
 def _refuse_muon(settings: TrainRoot, axis: str) -> None:

@@ -291,6 +291,8 @@ class ParallelConfig:
     pipeline_balance: Literal["parameters", "time"] = "parameters"
     """What stages have about as much of, embedding and head counted. `time` is measured as the run starts, and kept."""
     tensor: int = 1
+    shard_norms: bool = False
+    """With `tensor`: norms and the residual stream are cut over the same ranks along the sequence. Layers keep less."""
     sequence: int = 1
     expert: int = 1
     activation_checkpointing: Checkpointing = "none"

@@ -224,21 +224,34 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
         self._bucket_elements = 0
 
     def _reduce(self, sharers: Any, members: list[tuple[int, Tensor]]) -> None:
-        elements = sum(parameter.numel() for _, parameter in members)
-        flat = take_gradients([parameter for _, parameter in members], elements)
-        if dist.get_world_size(group=sharers) > 1:
-            dist.all_reduce(flat, group=sharers)
-        offset = 0
-        for group, parameter in members:
-            rank, size, key = self._rank(group), int(self.partition_size[group]), self.get_param_id(parameter)
-            if group not in self._partition_sums:
-                self._partition_sums[group] = flat.new_zeros(size)
-            if key in self.grad_start_offset[group][rank]:
-                source = int(self.grad_start_offset[group][rank][key])
-                target = int(self.grad_partition_insertion_offset[group][rank][key])
-                count = min(parameter.numel() - source, size - target)
-                self._partition_sums[group].narrow(0, target, count).add_(flat.narrow(0, offset + source, count))
-            offset += parameter.numel()
+        """Each rank gets the sums of what lies in its own partitions, and of that alone: half of an all-reduce's bytes.
+
+        Every rank has the same members, and so the same pieces for each.
+        """
+        mine, ranks = dist.get_rank(group=sharers), dist.get_world_size(group=sharers)
+        gradients = [(group, parameter, _taken(parameter)) for group, parameter in members]
+        for owner in range(ranks):
+            places: list[tuple[int, int, int]] = []
+            pieces: list[Tensor] = []
+            for group, parameter, gradient in gradients:
+                size, key = int(self.partition_size[group]), self.get_param_id(parameter)
+                if key in self.grad_start_offset[group][owner]:
+                    source = int(self.grad_start_offset[group][owner][key])
+                    target = int(self.grad_partition_insertion_offset[group][owner][key])
+                    count = min(parameter.numel() - source, size - target)
+                    places.append((group, target, count))
+                    pieces.append(gradient.narrow(0, source, count))
+            if not pieces:
+                continue
+            flat = torch.cat(pieces)
+            if ranks > 1:
+                dist.reduce(flat, dst=dist.get_global_rank(sharers, owner), group=sharers)
+            if owner == mine:
+                sums = torch.split(flat, [piece.numel() for piece in pieces])
+                for (group, target, count), summed in zip(places, sums, strict=True):
+                    if group not in self._partition_sums:
+                        self._partition_sums[group] = flat.new_zeros(int(self.partition_size[group]))
+                    self._partition_sums[group].narrow(0, target, count).add_(summed)
 
 
 class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # DeepSpeed has no types
@@ -397,6 +410,12 @@ def flat_optimizers() -> Iterator[None]:
         engine_module.is_zero_supported_optimizer = supported
         engine_module.DeepSpeedEngine._broadcast_model = broadcast
         Init._zero_init_param = stock_init
+
+
+def _taken(parameter: Tensor) -> Tensor:
+    """Its gradient, flat, which it has no longer; zeros where it has none."""
+    gradient, parameter.grad = parameter.grad, None
+    return torch.zeros_like(parameter.data).view(-1) if gradient is None else gradient.reshape(-1)
 
 
 def _make_and_partition(init: Any, parameter: Any) -> None:

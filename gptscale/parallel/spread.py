@@ -37,7 +37,7 @@ def spread(model: GPT, ranks: Ranks, parallel: ParallelConfig, seed: int) -> Cut
         keep(model, cut)
     later = ranks.device if by_parts(ranks, parallel) and partitions(parallel) else None
     take_slices(model, ranks.tensor, ranks.expert, seed, later)
-    join_slices(model, ranks.tensor)
+    join_slices(model, ranks.tensor, parallel.shard_norms)
     split_sequences(model, ranks.sequence)
     if ranks.expert.size > 1:
         from gptscale.parallel.expert import join_experts  # imports DeepSpeed, which one process does without

@@ -25,12 +25,14 @@ from gptscale.config.shape import padded_vocab
 from gptscale.model.feedforward import FeedForward
 from gptscale.model.gpt import GPT, Block
 from gptscale.model.linear import Again, Linear, linear
+from gptscale.parallel.norms import SumScattered, gather_output, share_out_norms
 from gptscale.parallel.ranks import Group
 
 
-def join_slices(model: GPT, group: Group) -> None:
+def join_slices(model: GPT, group: Group, shard_norms: bool = False) -> None:
     """Have a model of which each rank of a group has taken its slices work with its peers from now on.
 
+    `shard_norms`: between the products each has a stretch of every row (`gptscale.parallel.norms`).
     `gptscale.config.rules` has seen to it that heads, features and rows of the vocabulary divide by the group's size.
     """
     if group.size == 1:
@@ -42,29 +44,36 @@ def join_slices(model: GPT, group: Group) -> None:
     for block in model.blocks:
         if not isinstance(block, Block):  # another stage's
             continue
-        _copy_output(block.attention_norm, group)
-        _copy_output(block.feedforward_norm, group)
-        block.attention.o = SummedLinear(block.attention.o, group)
+        feed = gather_output if shard_norms else _copy_output
+        feed(block.attention_norm, group)
+        feed(block.feedforward_norm, group)
+        block.attention.o = SummedLinear(block.attention.o, group, shard_norms)
         assert isinstance(block.feedforward, FeedForward), "experts are shared out by another axis"
-        block.feedforward.down = SummedLinear(block.feedforward.down, group)
+        block.feedforward.down = SummedLinear(block.feedforward.down, group, shard_norms)
         for norm in (block.attention.q_norm, block.attention.k_norm):
             if norm is not None:  # one weight for all heads, of which this rank sees some
                 norm.weight.register_hook(partial(_sum_of_heads, group))  # type: ignore[no-untyped-call]
         if model.config.dropout:
             block.attention.attend = partial(_attend_apart, block.attention.attend, group)  # type: ignore[method-assign]
+    if shard_norms:
+        share_out_norms(model, group)
 
 
 class SummedLinear(Linear):
-    """A linear layer of whose inputs each rank has a part: the products are summed, and the bias added once."""
+    """A linear layer of whose inputs each rank has a part: the products are summed, and the bias added once.
 
-    def __init__(self, layer: Linear, group: Group) -> None:
+    `scatters`: each rank keeps its stretch of the sum.
+    """
+
+    def __init__(self, layer: Linear, group: Group, scatters: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self._group = group
+        self._summed = SumScattered if scatters else _Sum
 
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
-        y: Tensor = _Sum.apply(linear(x, self.weight, again=again), self._group)  # type: ignore[no-untyped-call]
+        y: Tensor = self._summed.apply(linear(x, self.weight, again=again), self._group)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

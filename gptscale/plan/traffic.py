@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptscale.config.rules import topology_of
-from gptscale.config.schema import ModelConfig, ParallelConfig, TrainRoot
+from gptscale.config.schema import Checkpointing, ModelConfig, ParallelConfig, TrainRoot
 from gptscale.config.shape import head_width, kv_heads
 from gptscale.config.stages import longest_sequence
 from gptscale.plan.collectives import Operation, Payload, wire_bytes
@@ -135,8 +135,8 @@ def _data_parallel(step: Step, whole: Sequence[Sequence[Parameter]], mine: Seque
             yield Transfer("gradients", "reduce-scatter", n, _flat_bytes(mine, n))
             yield Transfer("weights", "all-gather", n, _flat_bytes(mine, n))
         case 2:
-            # `FlatZeroOptimizer` sums whole buckets in every micro-batch, and keeps a part of each.
-            yield Transfer("gradients", "all-reduce", n, every * accumulation)
+            # In every micro-batch: no rank keeps a whole gradient until the next.
+            yield Transfer("gradients", "reduce", n, every * accumulation)
             yield Transfer("weights", "all-gather", n, _flat_bytes(mine, n))
         case 3:
             scattered = sum(_partitioned_bytes(parameter, n) for parameter in mine)
@@ -194,8 +194,11 @@ def _tensor_parallel(step: Step, cut: Cut) -> Iterator[Transfer]:
     n = step.topology.tensor
     stretch = step.activation_bytes // step.topology.sequence
     tokens = step._tokens // step.topology.sequence
-    sums = 4 * len(cut.blocks) + _recomputed(step, cut)  # of the two in forward, the second need not be done again
-    total = sums * stretch
+    total = 0
+    if step.parallel.shard_norms:
+        yield from _sharded_norms(step, cut)
+    else:  # of the two in forward, the second need not be done again
+        total = (4 * len(cut.blocks) + _recomputed(step, cut)) * stretch
     if cut.first:
         total += tokens * step.model.width * _FP32
     if cut.last:
@@ -203,6 +206,22 @@ def _tensor_parallel(step: Step, cut: Cut) -> Iterator[Transfer]:
     if step.model.qk_norm:  # gradients of what all heads share
         total += 2 * head_width(step.model) * _FP32 * len(cut.blocks) * step.split.accumulation
     yield Transfer("tensor", "all-reduce", n, total)
+
+
+def _sharded_norms(step: Step, cut: Cut) -> Iterator[Transfer]:
+    """In place of sums: rows are gathered before products and scattered behind them, in forward and in backward
+    (Korthikanti et al., arXiv 2205.05198, section 3). What the embedding gives is cut without asking anybody, and
+    gathered for its gradient; the head has whole rows gathered, and its gradient is cut likewise.
+    """
+    n, model, blocks = step.topology.tensor, step.model, len(cut.blocks)
+    gathered = 4 * blocks + 2 * _recomputed(step, cut) + 2 * _recomputed(step, cut, "selective")
+    gathered += cut.first + cut.last
+    yield Transfer("tensor", "all-gather", n, gathered * step.activation_bytes)
+    scattered = 4 * blocks + _recomputed(step, cut)
+    yield Transfer("tensor", "reduce-scatter", n, scattered * step.activation_bytes)
+    vectors = 2 * (2 if model.norm == "layernorm" and model.bias else 1) + (2 if model.bias else 0)
+    of_each_batch = vectors * model.width * _FP32 * blocks
+    yield Transfer("tensor", "all-reduce", n, of_each_batch * step.split.accumulation)
 
 
 def _sequence_parallel(step: Step) -> Iterator[Transfer]:
@@ -218,9 +237,9 @@ def _sequence_parallel(step: Step) -> Iterator[Transfer]:
     yield Transfer("sequence", "all-to-all", n, times * exchanged)
 
 
-def _recomputed(step: Step, cut: Cut) -> int:
-    """Blocks of a stage whose forward runs a second time."""
-    if step.parallel.activation_checkpointing != "full":
+def _recomputed(step: Step, cut: Cut, how: Checkpointing = "full") -> int:
+    """Blocks of a stage whose forward runs a second time, or `selective`: the norms in it."""
+    if step.parallel.activation_checkpointing != how:
         return 0
     return sum(block % step.parallel.checkpoint_interval == 0 for block in cut.blocks)
 
@@ -230,7 +249,8 @@ def _pipeline(step: Step, cut: Cut) -> Iterator[Transfer]:
     if step.topology.pipeline == 1:
         return
     neighbours = (not cut.first) + (not cut.last)
-    yield Transfer("pipeline", "send", 2, neighbours * step.activation_bytes)
+    sent = step.activation_bytes // (step.topology.tensor if step.parallel.shard_norms else 1)
+    yield Transfer("pipeline", "send", 2, neighbours * sent)
     if step.model.tied_embeddings and (cut.first or cut.last):
         (weight, *_), *_ = parts(step.model, step.vocab_size, step.positions)
         yield Transfer("tied embedding", "all-reduce", 2, _FP32 * weight.sliced(step.topology.tensor).numel)

@@ -62,7 +62,7 @@ def seconds_of_parts(settings: TrainRoot, vocab_size: int, ranks: Ranks) -> list
     with torch.device("meta"):
         probe = GPT(kinds, vocab_size, tokens, COMPUTE_TYPES[settings.precision.compute])
     take_slices(probe, ranks.tensor, ranks.expert, settings.run.seed)
-    join_slices(probe, ranks.tensor)
+    join_slices(probe, ranks.tensor)  # without `shard_norms`, whose parts do not stand alone
     probe.to(ranks.device)
     probe.activation_checkpointing = settings.parallel.activation_checkpointing
     sequences = max(1, settings.train.micro_batch * settings.data.sequence_length // tokens)

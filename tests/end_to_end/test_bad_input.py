@@ -23,6 +23,7 @@ GPTSCALE = str(Path(sys.executable).parent / "gptscale")
 TINY = ("experiment=tiny",)
 PP2 = ("parallel.pipeline=2", "launch.ranks=2")
 SP2 = ("parallel.sequence=2", "launch.ranks=2")
+CUT_NORMS = ("parallel.tensor=2", "launch.ranks=2", "parallel.shard_norms=true")
 RAW = "parallel.deepspeed.zero_optimization"
 SELECTIVE = ("parallel.activation_checkpointing=selective",)
 EP2 = ["parallel.expert=2", "launch.ranks=2"]
@@ -108,6 +109,9 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", f"{RAW}.sub_group_size=9", "parallel=zero2"], ["sub_group_size", "zero_stage=3"]),
         (["train", "experiment=tiny", "parallel.deepspeed.gradient_clipping=1"], ["parallel.deepspeed.gradient_clip"]),
         (["train", "experiment=tiny", "parallel=plain", "parallel.deepspeed.dump_state=true"], ["parallel.deepspeed"]),
+        (["train", "experiment=tiny", "parallel.shard_norms=true"], ["shard_norms=true", "parallel.tensor"]),
+        (["train", "experiment=tiny", *CUT_NORMS, "model.dropout=0.1"], ["shard_norms=true", "model.dropout=0"]),
+        (["train", "experiment=tiny", *CUT_NORMS, "data.sequence_length=63"], ["parallel.tensor=2", "length=63"]),
         (["train", "experiment=tiny", *SELECTIVE, "train.compile=block"], ["selective", "train.compile=none"]),
         (["train", "experiment=tiny", "parallel.zero_stage=4"], ["parallel.zero_stage=4"]),
         (["train", "experiment=tiny", "parallel=plain", "launch.ranks=2"], ["parallel.engine=plain"]),

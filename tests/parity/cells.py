@@ -131,6 +131,7 @@ class Layout:
     engine: Literal["plain", "deepspeed"]
     stage: int = 0
     tensor: int = 1
+    shard_norms: bool = False
     sequence: int = 1
     pipeline: int = 1
     expert: int = 1
@@ -144,6 +145,7 @@ class Layout:
             self.stage,
             pipeline=self.pipeline,
             tensor=self.tensor,
+            shard_norms=self.shard_norms,
             sequence=self.sequence,
             expert=self.expert,
             offload=self.offload,

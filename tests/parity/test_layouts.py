@@ -37,6 +37,11 @@ CASES = (
     Case("PP2 x TP2 x DP2", Layout("deepspeed", 1, pipeline=2, tensor=2), 8),
     *(Case(f"TP2, ZeRO-{stage}", Layout("deepspeed", stage, tensor=2), 2) for stage in range(4)),
     *(Case(f"TP2 x DP2, ZeRO-{stage}", Layout("deepspeed", stage, tensor=2), 4) for stage in (1, 3)),
+    *(
+        Case(f"TP2, norms cut, ZeRO-{stage}", Layout("deepspeed", stage, tensor=2, shard_norms=True), 2)
+        for stage in (1, 3)
+    ),
+    Case("TP2 x PP2, norms cut", Layout("deepspeed", 1, pipeline=2, tensor=2, shard_norms=True), 4),
     Case("TP4, ZeRO-1", Layout("deepspeed", 1, tensor=4), 4),
     *(Case(f"SP2, ZeRO-{stage}", Layout("deepspeed", stage, sequence=2), 2) for stage in range(4)),
     *(Case(f"SP2 x DP2, ZeRO-{stage}", Layout("deepspeed", stage, sequence=2), 4) for stage in range(4)),
@@ -207,6 +212,9 @@ MISTAKES: dict[str, tuple[str, Any]] = {
     "the vocabulary's parts overlap": ("gptscale.parallel.tensor._first_row", lambda *_: 0),
     "what peers hold alike counts twice": ("gptscale.parallel.flat_zero._counted", lambda gradients, *_: gradients),
 }
+NORM_MISTAKES: dict[str, tuple[str, Any]] = {
+    "norms learn from a stretch alone": ("gptscale.parallel.norms._summed", lambda _, gradient: gradient),
+}
 EXPERT_MISTAKES: dict[str, tuple[str, Any]] = {
     "experts learn from their holders' tokens alone": (
         "gptscale.parallel.flat_zero.FlatZeroOptimizer._shares",
@@ -221,16 +229,16 @@ EXPERT_MISTAKES: dict[str, tuple[str, Any]] = {
 
 
 def run_with(mistake: str, layout: Layout, cells: tuple[Cell, ...]) -> None:
-    target, replacement = (MISTAKES | EXPERT_MISTAKES)[mistake]
+    target, replacement = (MISTAKES | NORM_MISTAKES | EXPERT_MISTAKES)[mistake]
     with patch(target, replacement):
         run_cells(layout, 2, cells)
 
 
-@pytest.mark.parametrize("mistake", [*MISTAKES, *EXPERT_MISTAKES])
+@pytest.mark.parametrize("mistake", [*MISTAKES, *NORM_MISTAKES, *EXPERT_MISTAKES])
 def test_the_comparison_notices(mistake: str, plain: dict[str, Recorded], tmp_path: Path) -> None:
-    name, axis = ("extras", "tensor") if mistake in MISTAKES else ("experts", "expert")
+    name, axis = ("experts", "expert") if mistake in EXPERT_MISTAKES else ("extras", "tensor")
     (cell,) = (cell for cell in ALL if cell.name == name)
-    layout = replace(Layout("deepspeed", 1), **{axis: 2})
+    layout = replace(Layout("deepspeed", 1, shard_norms=mistake in NORM_MISTAKES), **{axis: 2})
     ranks.run(run_with, [mistake, layout, (cell,)], 2, tmp_path)
     found, _ = record(tmp_path, cell, 2, alike=False)
     differences = worst(plain[cell.name], found)

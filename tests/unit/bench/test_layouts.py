@@ -24,19 +24,20 @@ def layouts(*overrides: str) -> tuple[list[Contender], dict[str, str]]:
 def test_every_layout_of_two_and_of_four_ranks() -> None:
     two, left_out = layouts()
     anywhere = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
-    cut = ["tensor2", "sequence2", "sequence2-zero3", "pipeline2"]
+    cut = ["tensor2", "tensor2-norms", "sequence2", "sequence2-zero3", "pipeline2"]
     assert [contender.name for contender in two] == [*anywhere, *cut, "matmul"]
     assert left_out == {}
     four, left_out = layouts("bench.ranks=4")
     assert left_out == {}
-    assert len({contender.name for contender in four}) == 17
+    assert len({contender.name for contender in four}) == 19
     for contender in four:
         parallel = contender.settings.parallel
         axes = [f"{axis}{getattr(parallel, axis)}" for axis in ("pipeline", "tensor", "sequence")]
         real = [axis for axis in axes if not axis.endswith("1")]
         stage = parallel.zero_stage
         if contender.kind == "engine":
-            assert contender.name == "-".join([*real, *([f"zero{stage}"] if not real or stage != 1 else [])])
+            zero = [f"zero{stage}"] if not real or stage != 1 else []
+            assert contender.name == "-".join([*real, *(["norms"] if parallel.shard_norms else []), *zero])
         else:
             assert real == []
         assert contender.split.global_batch == 8
@@ -45,7 +46,7 @@ def test_every_layout_of_two_and_of_four_ranks() -> None:
 
 def test_what_a_model_does_not_allow_is_left_out_unless_it_is_named() -> None:
     contenders, left_out = layouts("bench.ranks=4", "model.heads=2", "model.layers=2")
-    assert {"tensor4", "sequence4", "pipeline4", "tensor2-sequence2"} == set(left_out)
+    assert {"tensor4", "tensor4-norms", "sequence4", "pipeline4", "tensor2-sequence2"} == set(left_out)
     assert left_out["tensor4"] == "parallel.tensor=4 does not divide model.heads=2"
     assert "tensor2" in [contender.name for contender in contenders]
 

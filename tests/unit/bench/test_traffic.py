@@ -45,6 +45,7 @@ def operations(rank: int) -> dict[str, tuple[Callable[[], object], dict[str, int
     halves = [torch.empty(10), torch.empty(10)]
     return {
         "all_reduce": (lambda: dist.all_reduce(ten()), {"all-reduce": 40}),
+        "reduce": (lambda: dist.reduce(ten(), dst=0), {"reduce": 40}),
         "all_reduce, in fp64": (lambda: dist.all_reduce(ten().double()), {"all-reduce": 80}),
         "all_reduce, later": (lambda: dist.all_reduce(ten(), async_op=True).wait(), {"all-reduce": 40}),
         "all_reduce_coalesced": (lambda: dist.all_reduce_coalesced([ten(), ten()]), {"all-reduce": 80}),

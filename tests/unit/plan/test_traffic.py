@@ -45,7 +45,7 @@ def test_zero_stages() -> None:
     assert "weights" not in stage0
     assert stage1["gradients"] == [Transfer("gradients", "reduce-scatter", 2, everything)]
     assert stage1["weights"] == stage2["weights"] == [Transfer("weights", "all-gather", 2, everything)]
-    assert stage2["gradients"] == [Transfer("gradients", "all-reduce", 2, 3 * everything)]
+    assert stage2["gradients"] == [Transfer("gradients", "reduce", 2, 3 * everything)]
     assert stage3["gradients"] == [Transfer("gradients", "reduce-scatter", 2, 3 * everything)]
     assert stage3["weights"] == [Transfer("weights", "all-gather", 2, everything)], "all are small enough to stay"
     # tokens as int64 and the loss; from stage 1 on the norm, of each of two groups in stage 3
