@@ -41,7 +41,10 @@ class Topology:
                 f"of which {self.world_size} is no multiple\nuse launch.ranks={model_ranks} or a multiple of it"
             )
         if self.data % self.expert:
-            raise ValueError(f"parallel.expert={self.expert} does not divide the {self.data} data-parallel ranks")
+            raise ValueError(
+                f"parallel.expert={self.expert} does not divide the {self.data} data-parallel ranks\n"
+                f"use launch.ranks={model_ranks * self.expert} or a multiple of it"
+            )
 
     @property
     def data(self) -> int:

@@ -150,7 +150,7 @@ def peer_refusal(name: str, settings: TrainRoot) -> str | None:
         if name.startswith("hf-llama")
         else {"positions": "learned", "norm": "layernorm", "feedforward": "gelu", "bias": True}
     )
-    fixed = ("block", "qk_norm", "rope_scaling", "embedding_scale", "logit_softcap", "z_loss", "dropout")
+    fixed = ("block", "experts", "qk_norm", "rope_scaling", "embedding_scale", "logit_softcap", "z_loss", "dropout")
     theirs |= {key: getattr(plain, key) for key in fixed}
     for key, value in theirs.items():
         if getattr(model, key) != value:

@@ -295,6 +295,7 @@ class ParallelConfig:
     """With `tensor`: norms and the residual stream are cut over the same ranks along the sequence. Layers keep less."""
     sequence: int = 1
     expert: int = 1
+    """Data-parallel ranks that share out the experts of a mixture."""
     activation_checkpointing: Checkpointing = "none"
     """`full`: layers keep their input only, and are computed again in backward. Costs a third more products.
     `selective`: norms and activations are computed again, and no product."""

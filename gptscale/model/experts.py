@@ -98,15 +98,14 @@ class Router(nn.Module):
 
     def _routes(self, expert_BTK: Tensor, weight_BTK: Tensor, taken_BTE: Tensor) -> Routes:
         expert_NK = expert_BTK.flatten(0, 1)
-        full = not (self.training and self.capacity)
-        if not full:  # a full expert's come last, and are cut off
+        limited = self.training and self.capacity > 0
+        if limited:  # a full expert's come last, and are cut off
             taken_NK = taken_BTE.flatten(0, 1).gather(-1, expert_NK) > 0
             expert_NK = expert_NK.masked_fill(~taken_NK, self.experts)
         counts_E = taken_BTE.sum(dim=(0, 1)).long()
         order_A = expert_NK.flatten().argsort(stable=True)
-        place_NK = torch.empty_like(order_A)
-        place_NK[order_A] = torch.arange(len(order_A), device=order_A.device)
-        if not full:
+        place_NK = inverse(order_A)
+        if limited:
             kept = int(counts_E.sum())
             order_A, place_NK = order_A[:kept], place_NK.clamp(max=kept)
         return Routes(order_A, place_NK.view_as(expert_NK), counts_E, weight_BTK.flatten(0, 1))
@@ -167,6 +166,13 @@ class _Returned(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (order_A,) = ctx.saved_tensors
         return grads[0].flatten(0, 1)[order_A], None, None
+
+
+def inverse(order_A: Tensor) -> Tensor:
+    """The order that undoes this one."""
+    back_A = torch.empty_like(order_A)
+    back_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    return back_A
 
 
 def _at(rows_AD: Tensor, place_NK: Tensor) -> Tensor:

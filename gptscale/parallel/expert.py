@@ -19,7 +19,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from gptscale.model.experts import ExpertFeedForward, Experts
+from gptscale.model.experts import ExpertFeedForward, Experts, inverse
 from gptscale.model.gpt import GPT
 from gptscale.parallel.ranks import Group, Ranks
 
@@ -28,10 +28,10 @@ def join_experts(model: GPT, ranks: Ranks) -> None:
     """Have a model of which each rank has taken its experts work with its peers from now on."""
     for module in list(model.modules()):
         if isinstance(module, ExpertFeedForward):
-            module.experts = SharedExperts(module.experts, ranks.expert, ranks.expert_replicas)
+            module.experts = SpreadExperts(module.experts, ranks.expert, ranks.expert_replicas)
 
 
-class SharedExperts(Experts, MoE):  # type: ignore[misc]  # DeepSpeed has no types
+class SpreadExperts(Experts, MoE):  # type: ignore[misc]  # DeepSpeed has no types
     """The experts of a rank, as its peers' tokens see them, and as DeepSpeed does: a layer of its class `MoE`."""
 
     def __init__(self, experts: Experts, peers: Group, replicas: Group) -> None:
@@ -62,19 +62,12 @@ class SharedExperts(Experts, MoE):  # type: ignore[misc]  # DeepSpeed has no typ
         expert_A = torch.arange(counts_PH.shape[1], device=x_AD.device).repeat(size)
         expert_A = expert_A.repeat_interleave(counts_PH.flatten(), output_size=sum(received))
         order_A = expert_A.argsort(stable=True)
-        back_A = _inverse(order_A)
+        back_A = inverse(order_A)
         sorted_AD: Tensor = _Permuted.apply(arrived_AD, order_A, back_A)  # type: ignore[no-untyped-call]
         found_AD = super().forward(sorted_AD, counts_PH.sum(dim=0), selective)
         found_AD = _Permuted.apply(found_AD, back_A, order_A)  # type: ignore[no-untyped-call]
         returned_AD: Tensor = _Exchange.apply(found_AD, received, sent, self._peers)  # type: ignore[no-untyped-call]
         return returned_AD
-
-
-def _inverse(order_A: Tensor) -> Tensor:
-    """The order that undoes this one."""
-    back_A = torch.empty_like(order_A)
-    back_A[order_A] = torch.arange(len(order_A), device=order_A.device)
-    return back_A
 
 
 def separate_experts(optimizer: torch.optim.Optimizer) -> None:

@@ -1,8 +1,6 @@
 """Which slice of each parameter a rank holds, and how it takes it.
 
-Tensor peers cut every large matrix, as in Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3): what widens
-(queries, keys, values, gate, up) by outputs, what narrows again (o, down) by inputs, embedding and head by rows of the
-vocabulary. Expert peers share out the experts.
+Tensor peers cut every large matrix (`gptscale.plan.parameters.tensor_dim`), expert peers share out the experts.
 """
 
 from __future__ import annotations
@@ -18,9 +16,7 @@ from gptscale.flow import TensorShard
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initial_value
 from gptscale.parallel.ranks import Group
-
-_BY_OUTPUTS = ("attention.q", "attention.k", "attention.v", "feedforward.gate", "feedforward.up")
-_BY_INPUTS = ("attention.o.weight", "feedforward.down.weight")
+from gptscale.plan.parameters import tensor_dim
 
 
 def is_of_experts(name: str) -> bool:
@@ -30,15 +26,8 @@ def is_of_experts(name: str) -> bool:
 
 def cut_of(name: str, tensor: Group, expert: Group) -> tuple[int, Group] | None:
     """Along which dim a parameter is cut, by canonical name, and by whom; None where every rank holds it whole."""
-    if is_of_experts(name):
-        dim, group = 0, expert
-    elif name in ("embedding.weight", "head.weight") or name.rpartition(".")[0].endswith(_BY_OUTPUTS):
-        dim, group = 0, tensor
-    elif name.endswith(_BY_INPUTS):
-        dim, group = 1, tensor
-    else:
-        return None
-    return (dim, group) if group.size > 1 else None
+    dim, group = (0, expert) if is_of_experts(name) else (tensor_dim(name), tensor)
+    return None if dim is None or group.size == 1 else (dim, group)
 
 
 def shard_of(name: str, held: torch.Size, tensor: Group, expert: Group) -> tuple[tuple[int, ...], TensorShard | None]:

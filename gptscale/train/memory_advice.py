@@ -117,6 +117,8 @@ def _zero_stage(settings: TrainRoot, shortage: Shortage) -> Fix | None:
     stage, ranks = settings.parallel.zero_stage, _data_ranks(settings, shortage) * settings.parallel.sequence
     if settings.parallel.engine == "plain" or ranks == 1 or stage >= 3 or settings.parallel.pipeline > 1:
         return None
+    if stage == 2 and settings.parallel.expert > 1:
+        return None
     shared = {1: "optimizer state", 2: "gradients", 3: "weights"}[stage + 1]
     return Fix(f"parallel.zero_stage={stage + 1}", f"shares the {shared} between {ranks} ranks too")
 

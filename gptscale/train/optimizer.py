@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from gptscale.config.schema import OptimizerConfig
+from gptscale.plan.parameters import decays
 from gptscale.runtime.registry import Registry
 
 if TYPE_CHECKING:  # names are checked before torch is imported
@@ -21,7 +22,7 @@ OPTIMIZERS: Registry[BuildOptimizer] = Registry("optimizer.name", "gptscale.opti
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Group]:
-    """Matrices decay; norms, biases and position tables do not (GPT-3, appendix B, decays "weights" only).
+    """What decays, and what does not.
 
     Each group carries its `name`, by which a checkpoint or engine finds it again. Empty groups are left out: DeepSpeed
     drops them silently, and then indices no longer match.
@@ -29,8 +30,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
     for name, parameter in named:
-        matrix = parameter.dim() >= 2 and not name.endswith("positions")
-        (decay if matrix else keep).append(parameter)
+        (decay if decays(name, parameter.dim()) else keep).append(parameter)
     groups: list[Group] = [
         {"name": "decay", "params": decay, "weight_decay": weight_decay},
         {"name": "no_decay", "params": keep, "weight_decay": 0.0},

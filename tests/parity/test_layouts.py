@@ -224,7 +224,7 @@ EXPERT_MISTAKES: dict[str, tuple[str, Any]] = {
         "gptscale.model.experts.Router._losses",
         lambda _, logits, *__: torch.zeros((), device=logits.device),
     ),
-    "tokens get what experts made of others": ("gptscale.parallel.expert._inverse", lambda order: order),
+    "tokens get what experts made of others": ("gptscale.parallel.expert.inverse", lambda order: order),
 }
 
 

@@ -9,10 +9,8 @@ import torch
 
 from gptscale.config.schema import ModelConfig
 from gptscale.model.gpt import GPT
-from gptscale.parallel.ranks import Group
-from gptscale.parallel.slices import cut_of
 from gptscale.parallel.stages import keep, parameter_weights
-from gptscale.plan.parameters import held, parts
+from gptscale.plan.parameters import held, parts, tensor_dim
 from gptscale.plan.stages import balanced, cuts
 from gptscale.train.optimizer import parameter_groups
 
@@ -41,11 +39,9 @@ def test_names_and_shapes_of_every_mix() -> None:
         decay, keep_whole = parameter_groups(model.named_parameters(), 0.1)
         for group, decays in ((decay, True), (keep_whole, False)):
             assert [p.shape for p in on_paper if p.decays is decays] == [tuple(p.shape) for p in group["params"]]
-        cuts_of_ranks = [cut_of(p.name, Group(0, 2, None), Group(0, 1, None)) for p in on_paper]
-        assert [p.cut_dim for p in on_paper] == [cut and cut[0] for cut in cuts_of_ranks]
         slices = held(parts(config, 130, 24), whole, 2)
         for half, p in zip(slices, on_paper, strict=True):
-            assert half.numel == (p.numel if p.cut_dim is None else p.numel // 2)
+            assert half.numel == (p.numel if tensor_dim(p.name) is None else p.numel // 2)
 
 
 @pytest.mark.parametrize("tied", [True, False])
