@@ -102,7 +102,7 @@ SHOW = "from gptscale.runtime.ancestors import read_ancestors; print(*(a.pid for
 def test_a_name_with_parentheses_and_spaces_does_not_confuse(tmp_path: object) -> None:
     odd = f"{tmp_path}/) R 1 (x y"
     os.symlink(sys.executable, odd)
-    code = f"import subprocess, sys, os; print(os.getpid()); subprocess.run([sys.argv[1], '-c', {SHOW!r}])"
+    code = f"import subprocess, sys, os; print(os.getpid(), flush=True); subprocess.run([sys.argv[1], '-c', {SHOW!r}])"
     done = subprocess.run(
         [odd, "-c", code, sys.executable], capture_output=True, text=True, check=True, env={**os.environ}
     )
