@@ -47,8 +47,8 @@ class SpreadExperts(Experts, MoE):  # type: ignore[misc]  # DeepSpeed has no typ
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by DeepSpeed before it looks up who shares gradients with whom."""
-        groups._EXPERT_PARALLEL_GROUP[self._name] = _handle(self._peers)
-        groups._EXPERT_DATA_PARALLEL_GROUP[self._name] = _handle(self._replicas)
+        groups._EXPERT_PARALLEL_GROUP[self._name] = self._peers.process_group
+        groups._EXPERT_DATA_PARALLEL_GROUP[self._name] = self._replicas.process_group
 
     def forward(self, x_AD: Tensor, counts_E: Tensor, selective: bool = False) -> Tensor:
         size = self._peers.size
@@ -115,7 +115,3 @@ class _Permuted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (back_A,) = ctx.saved_tensors
         return grads[0][back_A], None, None
-
-
-def _handle(group: Group) -> Any:
-    return dist.group.WORLD if group.handle is None else group.handle

@@ -27,6 +27,13 @@ class Group:
     handle: torch.distributed.ProcessGroup | None
     """None of all ranks: the default group, where there is one."""
 
+    @property
+    def process_group(self) -> torch.distributed.ProcessGroup:
+        """For those who want it named."""
+        group = torch.distributed.group.WORLD if self.handle is None else self.handle
+        assert group is not None
+        return group
+
 
 class Ranks:
     """This process among its peers. With one process and no engine that needs it, there is no process group."""

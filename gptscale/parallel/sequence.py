@@ -39,13 +39,12 @@ def split_sequences(model: GPT, group: Group) -> None:
     from deepspeed.sequence.layer import DistributedAttention
 
     stretch = Stretch(group)
-    handle = torch.distributed.group.WORLD if group.handle is None else group.handle
     if model.config.positions == "learned":
         model.embedding.register_forward_pre_hook(partial(_positions_of, stretch))
     for block in model.blocks:
         assert isinstance(block, Block)
         attention = block.attention
-        whole = DistributedAttention(attention.attend, handle, scatter_idx=2, gather_idx=1)
+        whole = DistributedAttention(attention.attend, group.process_group, scatter_idx=2, gather_idx=1)
         attention.turns = partial(_turns, stretch, attention, attention.turns)  # type: ignore[method-assign]
         attention.attend = partial(_attend, stretch, attention.attend, whole)  # type: ignore[method-assign]
     model.forward = partial(_forward, stretch, model.forward)  # type: ignore[method-assign]

@@ -24,7 +24,7 @@ from gptscale.parallel.noise import NoiseProbe, noise_estimates
 from gptscale.parallel.on_deepspeed import OnDeepSpeed, let_speak
 from gptscale.parallel.optimizer_state import KnowsParameters
 from gptscale.parallel.plain import on_device
-from gptscale.parallel.ranks import Group, Ranks
+from gptscale.parallel.ranks import Ranks
 from gptscale.topology import BatchSplit
 
 
@@ -170,7 +170,7 @@ class ProcessGroups:
         self._ranks = ranks
 
     def get_data_parallel_group(self) -> Any:
-        return self._handle(self._ranks.replicas)
+        return self._ranks.replicas.process_group
 
     def get_data_parallel_world_size(self) -> int:
         return self._ranks.replicas.size
@@ -179,14 +179,10 @@ class ProcessGroups:
         return self._ranks.replicas.rank
 
     def get_model_parallel_group(self) -> Any:
-        return self._handle(self._ranks.tensor)
+        return self._ranks.tensor.process_group
 
     def get_model_parallel_world_size(self) -> int:
         return self._ranks.tensor.size
 
     def get_model_parallel_rank(self) -> int:
         return self._ranks.tensor.rank
-
-    @staticmethod
-    def _handle(group: Group) -> Any:
-        return torch.distributed.group.WORLD if group.handle is None else group.handle
