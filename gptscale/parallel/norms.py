@@ -11,6 +11,7 @@ Shape legend: B batch, T tokens of a row, S tokens of a stretch, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -49,63 +50,43 @@ def share_out_norms(model: GPT, group: Group) -> None:
 def scattered(x_BTD: Tensor, group: Group) -> Tensor:
     """This rank's stretch of what all have alike."""
     missing = -x_BTD.shape[1] % group.size
-    x_BTD = F.pad(x_BTD, (0, 0, 0, missing)) if missing else x_BTD
-    x_BSD: Tensor = _Scattered.apply(x_BTD, group)  # type: ignore[no-untyped-call]
-    return x_BSD
+    return _moved(F.pad(x_BTD, (0, 0, 0, missing)) if missing else x_BTD, group, _stretch, _gather)
 
 
 def whole(x_BSD: Tensor, group: Group) -> Tensor:
     """Whole rows on every rank, for what all compute alike."""
-    x_BTD: Tensor = _Whole.apply(x_BSD, group)  # type: ignore[no-untyped-call]
-    return x_BTD
+    return _moved(x_BSD, group, _gather, _stretch)
 
 
-class Gathered(torch.autograd.Function):
+def gathered(x_BSD: Tensor, group: Group) -> Tensor:
     """Whole rows for products of which each rank has a part: a stretch's gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _gather(x_BSD, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum_and_scatter(grads[0], ctx.group), None
+    return _moved(x_BSD, group, _gather, _sum_and_scatter)
 
 
-class SumScattered(torch.autograd.Function):
+def sum_scattered(x_BTD: Tensor, group: Group) -> Tensor:
     """This rank's stretch of the sum over the group."""
+    return _moved(x_BTD, group, _sum_and_scatter, _gather)
+
+
+Move = Callable[[Tensor, Group], Tensor]
+
+
+def _moved(x: Tensor, group: Group, there: Move, back: Move) -> Tensor:
+    y: Tensor = _Moved.apply(x, group, there, back)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Moved(torch.autograd.Function):
+    """`there` in forward, and gradients `back`."""
 
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _sum_and_scatter(x_BTD, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _gather(grads[0], ctx.group), None
-
-
-class _Scattered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _stretch(x_BTD, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _gather(grads[0], ctx.group), None
-
-
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _gather(x_BSD, group)
+    def forward(ctx: Any, x: Tensor, group: Group, there: Move, back: Move) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _stretch(grads[0], ctx.group), None
+        return ctx.back(grads[0], ctx.group), None, None, None
 
 
 def _stretch(x_BTD: Tensor, group: Group) -> Tensor:
@@ -143,4 +124,4 @@ def _turns(group: Group, attention: Attention, x_BSD: Tensor, cache: LayerCache 
 
 
 def gather_output(module: nn.Module, group: Group) -> None:
-    module.register_forward_hook(lambda _, inputs, x_BSD: Gathered.apply(x_BSD, group))  # type: ignore[no-untyped-call]
+    module.register_forward_hook(lambda _, inputs, x_BSD: gathered(x_BSD, group))

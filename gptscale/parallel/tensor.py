@@ -25,7 +25,7 @@ from gptscale.config.shape import padded_vocab
 from gptscale.model.feedforward import FeedForward
 from gptscale.model.gpt import GPT, Block
 from gptscale.model.linear import Again, Linear, linear
-from gptscale.parallel.norms import SumScattered, gather_output, share_out_norms
+from gptscale.parallel.norms import gather_output, share_out_norms, sum_scattered
 from gptscale.parallel.ranks import Group
 
 
@@ -70,10 +70,10 @@ class SummedLinear(Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self._group = group
-        self._summed = SumScattered if scatters else _Sum
+        self._summed = sum_scattered if scatters else _summed
 
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
-        y: Tensor = self._summed.apply(linear(x, self.weight, again=again), self._group)  # type: ignore[no-untyped-call]
+        y = self._summed(linear(x, self.weight, again=again), self._group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -128,6 +128,11 @@ class _Sum(torch.autograd.Function):
         return grads[0], None
 
 
+def _summed(x: Tensor, group: Group) -> Tensor:
+    y: Tensor = _Sum.apply(x, group)  # type: ignore[no-untyped-call]
+    return y
+
+
 def _sum_of_parts(group: Group, x: Tensor) -> Tensor:
     dist.all_reduce(x, group=group.handle)
     return x
@@ -148,8 +153,7 @@ def _lookup(part: _Part, ids_BT: Tensor, weight: Tensor) -> Tensor:
     here_BT = ids_BT - part.first
     elsewhere_BT = (here_BT < 0) | (here_BT >= rows)
     x_BTD = F.embedding(here_BT.clamp(0, rows - 1), weight).masked_fill(elsewhere_BT.unsqueeze(-1), 0)
-    y_BTD: Tensor = _Sum.apply(x_BTD, part.group)  # type: ignore[no-untyped-call]
-    return y_BTD
+    return _summed(x_BTD, part.group)
 
 
 def _attend_apart(attend: Callable[..., Tensor], group: Group, q_BTHW: Tensor, *rest: Any) -> Tensor:
