@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -73,10 +72,7 @@ class BatchMaker:
         silent_NT: npt.NDArray[np.bool_] = foreign_NT | (position_T >= rows.used[:, None])
         return silent_NT
 
-    def _parts(self, values: npt.NDArray[Any], sizes: list[int]) -> list[torch.Tensor]:
-        bounds = pairwise(accumulate(sizes, initial=0))
-        if not self.pin:
-            # Views of the rows will do: they are widened, and so copied, next.
-            return [torch.from_numpy(values[first:stop]) for first, stop in bounds]
-        pinned = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
-        return [pinned[first:stop] for first, stop in bounds]
+    def _parts(self, values: npt.NDArray[Any], sizes: list[int]) -> Sequence[torch.Tensor]:
+        # Of rows on the host views will do: they are widened, and so copied, next.
+        whole = torch.from_numpy(np.ascontiguousarray(values)).pin_memory() if self.pin else torch.from_numpy(values)
+        return torch.split(whole, sizes)

@@ -120,7 +120,7 @@ class SampleOrder:
         epoch, sample = np.divmod(draw, np.array(self.sizes, dtype=np.int64)[mine])
         numbers = np.array(self.numbers or range(len(self.sizes)), dtype=np.int64)
         for index in np.flatnonzero(np.bincount(mine, minlength=len(self.sizes))).tolist():
-            of_corpus = mine == index
+            of_corpus = mine == index if len(self.sizes) > 1 else slice(None)
             sample[of_corpus] = self.shuffle.permute(
                 sample[of_corpus], epoch[of_corpus], self.sizes[index], self.seed, int(numbers[index])
             )
@@ -146,11 +146,10 @@ def unpermute(numbers: Ints, size: int, keys: Words) -> Ints:
 def _cycle_walk(network: Callable[[Words, int, Words], Words], numbers: Ints, size: int, keys: Words) -> Ints:
     bits = (size - 1).bit_length()
     values = numbers.astype(np.uint64)
-    keys = np.broadcast_to(keys, (ROUNDS, len(values)))
     values = network(values, bits, keys)
     outside = np.flatnonzero(values >= size)
     while len(outside):
-        values[outside] = network(values[outside], bits, keys[:, outside])
+        values[outside] = network(values[outside], bits, keys if keys.shape[1] == 1 else keys[:, outside])
         outside = outside[values[outside] >= size]
     return values.astype(np.int64)
 

@@ -282,15 +282,16 @@ def sample_hash(positions: Ints, rows_NT: npt.NDArray[Any]) -> int:
     return sum([digest(data[place : place + size]) for place in range(0, len(data), size)]) % (1 << 64)
 
 
-def microbatch_positions(plan: StepPlan, split: BatchSplit, data_rank: int, start: int) -> list[Ints]:
-    """Which positions a data rank feeds into the step that begins at position `start`, by micro-batches, in order.
+def rank_positions(plan: StepPlan, split: BatchSplit, data_rank: int, start: int) -> tuple[Ints, list[int]]:
+    """Which positions a data rank feeds into the step that begins at position `start`, in order, and how many of them
+    each of its micro-batches takes.
 
     `split` is how the run's full batch is cut. All ranks together feed the next `plan.batch(start)` positions.
     """
     now = plan.split(start, split)
     rows = now.rows(data_rank)
     positions = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
-    return [positions[first : first + now.micro_batch] for first in range(0, len(positions), now.micro_batch)]
+    return positions, [len(rows[first : first + now.micro_batch]) for first in range(0, len(rows), now.micro_batch)]
 
 
 class _ClosedError(Exception):
@@ -301,10 +302,9 @@ def read_step(
     stream: TrainingStream, plan: StepPlan, split: BatchSplit, data_rank: int, start: int
 ) -> tuple[list[Batch], int]:
     """The micro-batches of a data rank in the step that begins at position `start`, and the hash of their samples."""
-    groups = microbatch_positions(plan, split, data_rank, start)
-    positions = np.concatenate(groups)
+    positions, counts = rank_positions(plan, split, data_rank, start)
     found = stream.read(positions)
-    microbatches = stream.batches.make(found, plan.length(start), [len(group) for group in groups])
+    microbatches = stream.batches.make(found, plan.length(start), counts)
     return microbatches, sample_hash(positions, found.tokens)
 
 
@@ -396,7 +396,7 @@ class StepFeed(Iterator[StepData]):
 
     def _positions(self, start: int) -> Ints:
         """Of this rank's samples in the step that begins at `start`."""
-        return np.concatenate(microbatch_positions(self._plan, self._split, self._data_rank, start))
+        return rank_positions(self._plan, self._split, self._data_rank, start)[0]
 
     def _step(self, start: int) -> tuple[int, list[Batch], int]:
         return start, *read_step(self._stream, self._plan, self._split, self._data_rank, start)

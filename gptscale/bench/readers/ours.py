@@ -1,4 +1,4 @@
-"""gptscale's own: what a training rank does for its batches, the hash of its samples included."""
+"""gptscale's own: what a training rank does for its batches, but for the hash that proves which samples it used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gptscale.data.order import FULL
 from gptscale.data.prepare import prepare as prepare_corpus
 from gptscale.data.shards import SPLITS
 from gptscale.data.stages import Mixture, StagedOrder, Track
-from gptscale.data.stream import TrainingStream, read_step
+from gptscale.data.stream import TrainingStream, rank_positions
 from gptscale.flow import Batch
 from gptscale.parallel.plain import on_device
 from gptscale.topology import split_batch
@@ -49,9 +49,7 @@ def prepare(texts: list[str], tokenizer: str, target: str, workers: int) -> Enco
 
 
 class Reader:
-    flags = (
-        f"full permutation; {STEP_BATCHES} micro-batches at a time, samples hashed; no thread, as peers without workers"
-    )
+    flags = f"full permutation; {STEP_BATCHES} micro-batches at a time, not hashed; no thread, as peers without workers"
 
     def __init__(self, work: Work, state: Any) -> None:
         corpora = (CorpusConfig(work.folder),)
@@ -74,7 +72,9 @@ class Reader:
 
     def _steps(self, step: int) -> Iterator[list[Batch]]:
         while True:
-            yield read_step(self._stream, self._plan, self._split, 0, step * self._rows)[0]
+            start = step * self._rows
+            positions, counts = rank_positions(self._plan, self._split, 0, start)
+            yield self._stream.batches.make(self._stream.read(positions), self._plan.length(start), counts)
             step += 1
 
     def state(self) -> Any:

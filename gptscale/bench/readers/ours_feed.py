@@ -1,4 +1,4 @@
-"""gptscale's own, as training reads it: a thread makes ready what comes, some steps ahead."""
+"""gptscale's own, as training reads it: a thread makes ready what comes, some steps ahead, and hashes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gptscale.flow import Batch
 
 
 class Reader(ours.Reader):
-    flags = "the same with the thread that keeps some steps ahead of training"
+    flags = "the same with the thread that keeps some steps ahead of training, samples hashed"
 
     def _steps(self, step: int) -> Iterator[list[Batch]]:
         with StepFeed(self._stream, self._plan, self._split, 0, step * self._rows) as feed:

@@ -21,7 +21,7 @@ from gptscale.data.order import FULL, Shuffle
 from gptscale.data.rows import RowReader
 from gptscale.data.shards import Manifest
 from gptscale.data.stages import Mixture, StagedOrder, Track
-from gptscale.data.stream import microbatch_positions
+from gptscale.data.stream import rank_positions
 from gptscale.flow import Shard
 from gptscale.topology import BatchSplit, Topology, split_batch
 
@@ -114,10 +114,12 @@ class Run:
         for rank in range(0, topology.world_size, topology.tensor):
             at, peer = topology.coordinates(rank), topology.coordinates(rank + topology.tensor - 1)
             assert at.data == peer.data == len(parts)
-            groups = microbatch_positions(self.plan, split, at.data, start)
-            tokens = max(map(len, groups)) * self.plan.row_length(start)
-            assert tokens <= max(split.micro_batch * LENGTH, self.plan.row_length(start))
-            parts.append(np.concatenate(groups))
+            mine, counts = rank_positions(self.plan, split, at.data, start)
+            assert sum(counts) == len(mine)
+            assert max(counts) * self.plan.row_length(start) <= max(
+                split.micro_batch * LENGTH, self.plan.row_length(start)
+            )
+            parts.append(mine)
         positions = np.concatenate(parts)
         assert np.array_equal(positions, np.arange(start, end))
         return positions
