@@ -14,11 +14,15 @@ from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 from gptscale.train.optimizer import OPTIMIZERS
 
-Kind = Literal["bare", "ddp", "fsdp2", "engine", "peer", "matmul", "kernels"]
-Section = Literal["engines", "other people's models", "ours with something changed"]
+Kind = Literal["bare", "ddp", "fsdp2", "engine", "peer", "matmul", "products", "kernels"]
+Section = Literal["engines", "other people's models", "ours with something changed", "the least there is to do"]
 
 MATMUL = "matmul"
 """Takes turns with the others, multiplies large matrices only: the rate that no model can exceed."""
+
+PRODUCTS = "products"
+MULTIPLY_ONLY = (MATMUL, PRODUCTS)
+"""These take no step, and have no loss."""
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of its matrices, by type of device. On a CPU, sizes from 768 to 3072 differ by noise."""
@@ -53,6 +57,7 @@ _OPTIONS = {
     "compile": "the bare loop with train.compile=block",
 }
 """Ours with something changed. Beside them there is `optimizer-NAME` for every optimizer."""
+_LEAST = {PRODUCTS: "the matrix products of the bare loop's step alone, in their own shapes"}
 _TOGETHER = {
     "ddp": "torch's DistributedDataParallel, no engine",
     **{name: says for name, says in _ALONE.items() if name.startswith("zero")},
@@ -82,6 +87,8 @@ class Contender:
         """Under which heading of the table it stands."""
         if self.name in _PEERS:
             return "other people's models"
+        if self.name in _LEAST:
+            return "the least there is to do"
         changed = self.name in _OPTIONS or self.name.startswith("optimizer-")
         return "ours with something changed" if changed else "engines"
 
@@ -127,7 +134,7 @@ def kernel_timer(contender: Contender) -> Contender:
 def with_kernels(contender: Contender, kernels: Mapping[str, str]) -> Contender:
     """Ours with these kernels, unless its own settings name one; a peer has its own."""
     named = contender.settings.train.attention_kernel not in ("auto", "fastest")
-    ours = contender.kind in ("bare", "ddp", "fsdp2", "engine")
+    ours = contender.kind in ("bare", "ddp", "fsdp2", "engine", "products")
     return replace(contender, kernels=kernels) if ours and not named else contender
 
 
@@ -175,13 +182,13 @@ def _known(ranks: int) -> dict[str, str]:
     if ranks > 1:
         return _TOGETHER
     optimizers = {f"optimizer-{name}": f"the bare loop with optimizer={name}" for name in OPTIMIZERS}
-    return {**_ALONE, **_PEERS, **_OPTIONS, **optimizers}
+    return {**_ALONE, **_PEERS, **_OPTIONS, **optimizers, **_LEAST}
 
 
 def _default(settings: BenchRoot) -> list[str]:
     if settings.bench.ranks > 1:
         return list(_TOGETHER)
-    return [*_ALONE, *(name for name in _PEERS if peer_refusal(name, settings) is None)]
+    return [*_ALONE, *(name for name in _PEERS if peer_refusal(name, settings) is None), *_LEAST]
 
 
 def check_measuring(settings: BenchRoot) -> None:
@@ -234,6 +241,8 @@ def _kind(name: str) -> Kind:
         return "engine"
     if name == "ddp":
         return "ddp"
+    if name == PRODUCTS:
+        return "products"
     return "matmul" if name == MATMUL else "bare"
 
 

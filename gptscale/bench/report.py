@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptscale.bench.contender import COMPARED_STEPS, MATMUL, Contender, Section
+from gptscale.bench.contender import COMPARED_STEPS, MULTIPLY_ONLY, Contender, Section
 from gptscale.bench.environment import Environment
 from gptscale.bench.rounds import Samples
 from gptscale.bench.summary import Peak, Row, Spread
@@ -128,7 +128,7 @@ def to_json(report: Report) -> dict[str, Any]:
         name: {
             "wall_s": [turn.wall_s for turn in found.rounds],
             "cpu_s": [turn.cpu_s for turn in found.rounds],
-            "losses": [] if name == MATMUL else found.losses,
+            "losses": [] if name in MULTIPLY_ONLY else found.losses,
         }
         for name, found in report.measured.items()
     }

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from gptscale.bench.contender import (
     COMPARED_STEPS,
     EQUAL_LOSS,
-    MATMUL,
+    MULTIPLY_ONLY,
     Contender,
     kernel_timer,
     with_kernels,
@@ -91,7 +91,7 @@ def measure(
         if check_sent is not None:
             say("counting bytes")
             for contender in contenders:
-                if contender.name != MATMUL:
+                if contender.name not in MULTIPLY_ONLY:
                     counted = groups[contender.name].count()
                     measured[contender.name].losses.append(counted[0].loss)
                     measured[contender.name].sent = [of_rank.payload for of_rank in counted]
@@ -135,7 +135,7 @@ def check_equal_losses(measured: Mapping[str, Samples], tolerance: float) -> flo
 
     Raises BenchError where it is above `tolerance`, or a loss of any step is not finite.
     """
-    reference, *others = (name for name in measured if name != MATMUL)
+    reference, *others = (name for name in measured if name not in MULTIPLY_ONLY)
     worst = 0.0
     for name in others:
         pairs = zip(measured[reference].losses, measured[name].losses, strict=True)

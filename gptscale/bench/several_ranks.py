@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptscale.bench.contender import Contender
 from gptscale.bench.ours import Step, build_ours
-from gptscale.config.rules import topology_of
+from gptscale.config.parallel_rules import topology_of
 from gptscale.flow import Batch
 from gptscale.parallel.engine import build_engine
 from gptscale.parallel.plain import on_device

@@ -15,10 +15,11 @@ import torch
 
 from gptscale.bench.contender import MATMUL_SIZE, Contender
 from gptscale.bench.ours import Step, build_ours
+from gptscale.bench.products import ProductRecorder, replay
 from gptscale.bench.several_ranks import ddp_step, engine_step, fsdp2_step
 from gptscale.bench.traffic import TrafficCounter
 from gptscale.checkpoint.trained import COMPUTE_TYPES
-from gptscale.config.rules import topology_of
+from gptscale.config.parallel_rules import topology_of
 from gptscale.config.schema import TrainRoot
 from gptscale.data.rows import document_starts
 from gptscale.flow import Batch
@@ -86,6 +87,7 @@ def build_workload(contender: Contender) -> Workload:
         "fsdp2": fsdp2_step,
         "engine": engine_step,
         "peer": peer_step,
+        "products": products_step,
     }
     built, step = builders[contender.kind](contender, process, device)
     # DeepSpeed changes torch for the process that imports it; what it is compared with must be torch's own.
@@ -156,6 +158,14 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
 
     fused = "fused " if optimizer.defaults["fused"] else ""
     return f"{type(model).__name__}{'' if name == 'nanogpt' else f', {attention}'}, {fused}AdamW", step
+
+
+def products_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
+    """What the bare loop multiplies in a step."""
+    _, step = bare_step(contender, process, device)
+    with ProductRecorder() as recorded:
+        step(random_batches(contender, process.rank, device)[0])
+    return f"{len(recorded.calls):,} products of {recorded.flops / 1e9:,.1f} GFLOP", replay(recorded.calls, device)
 
 
 def matmul_step(settings: TrainRoot, device: torch.device) -> Step:

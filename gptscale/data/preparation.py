@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from gptscale.config.rules import text_names
+from gptscale.config.names import text_names
 from gptscale.config.schema import DataConfig, TokenizerConfig
 from gptscale.data.filters import check_filters
 from gptscale.data.fim import fill_in_middle

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gptscale.config.rules import check_model
+from gptscale.config.model_rules import check_model
 from gptscale.config.schema import Checkpointing, ModelConfig
 from gptscale.config.shape import has_experts, padded_vocab
 from gptscale.model.attention import Attention, AttentionKernel, LayerCache, LayerKind

@@ -16,20 +16,12 @@ why DeepSpeed's version is pinned; `tests/parity` and `tests/resume` run every s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import deepspeed.runtime.engine as engine_module
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
-from deepspeed.runtime.torch_autocast import sort_dtypes
-from deepspeed.runtime.utils import all_gather_dp_groups, combine_grad_norm_groups
-from deepspeed.runtime.zero import stage3 as stage3_module
-from deepspeed.runtime.zero.partition_parameters import Init
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import (
     INITIAL_MICRO_STEP_ID,
     DeepSpeedZeroOptimizer,
@@ -37,11 +29,11 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 )
 from torch import Tensor
 
-from gptscale.parallel.gradients import divisor, hand_to_kernel, release_kernel, steps_in_kernel, take_gradients
+from gptscale.parallel.flat_norms import add_up, clip, counted, sum_of_squares
+from gptscale.parallel.gradients import release_kernel, steps_in_kernel, take_gradients
 from gptscale.parallel.offload import Host, move_to_host
 from gptscale.parallel.optimizer_state import kinds_of
 from gptscale.parallel.ranks import Group
-from gptscale.parallel.slices import make
 
 
 class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
@@ -131,16 +123,16 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
         Stages of a pipeline may differ in their groups, so it is summed up once for all.
         """
         squares = [
-            _sum_of_squares(_counted(self.averaged_gradients[group], parameters, self.not_first), self.device)
+            sum_of_squares(counted(self.averaged_gradients[group], parameters, self.not_first), self.device)
             for group, parameters in enumerate(self.params_in_partition)
         ]
         total = torch.stack(squares).sum()
-        _add_up(total, self.dp_process_group, self.peers)
+        add_up(total, self.dp_process_group, self.peers)
         norm = total.sqrt()
         return norm.masked_fill(~norm.isfinite(), torch.inf)
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
-        _clip(self.optimizer, grad_groups_flat, total_norm, self.clip_grad, self.loss_scale)
+        clip(self.optimizer, grad_groups_flat, total_norm, self.clip_grad, self.loss_scale)
 
     def _optimizer_step(self, group_no: int) -> None:
         super()._optimizer_step(group_no)
@@ -254,213 +246,7 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
                     self._partition_sums[group].narrow(0, target, count).add_(summed)
 
 
-class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # DeepSpeed has no types
-    """Stage 3 with norms in fp32, the clipping in the kernel, and without the flatten before the step.
-
-    On one rank there is nothing to gather or to release: parameters stay views of the masters, and the hooks around
-    every module, which would find that out anew each time, are taken off.
-    """
-
-    shares = 1
-    """Ranks over which gradients are averaged that ought to be summed: set by the engine, for fp16."""
-    peers: Group | None = None
-    """Ranks that hold other slices of the model: set by the engine, where there are any."""
-    not_first: frozenset[int] = frozenset()
-    """Parameters, by `id`, that one of the peers counts for all of them: set by the engine."""
-
-    @property
-    def loss_scale(self) -> float:
-        """What averaged gradients have to be divided by."""
-        return float(self.loss_scaler.cur_scale) / self.shares
-
-    def __init__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        self._alone = dist.get_world_size(group=kwargs["dp_process_group"]) == 1
-        super().__init__(module, *args, **kwargs)
-        assert self.reduce_and_partition_stream in (None, get_accelerator().default_stream())
-        assert not self.offload_optimizer
-        self.offloaded = False
-        if self._alone:
-            parameters: list[Any] = list(module.parameters())
-            parameters[0].all_gather(parameters)
-            self.parameter_offload._remove_module_hooks()
-
-    def initialize_optimizer_states(self) -> None:
-        """Let masters and partitioned weights share storage, as stages 1 and 2 do.
-
-        DeepSpeed means to, but asks whether a device equals its name, which is never so; and then holds weights twice.
-        """
-        for master, partition in zip(self.fp32_partitioned_groups_flat, self.fp16_partitioned_groups_flat, strict=True):
-            master.data = partition.data
-
-    def offload(self, host: Host) -> None:
-        """From now on masters and their state are on the host. Call before the first step."""
-        self.offloaded = True
-        for sub_group, master in enumerate(self.fp32_partitioned_groups_flat):
-            group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group]]
-            move_to_host(self.optimizer, master, kinds_of(group), host)
-
-    def _partition_all_parameters(self) -> None:
-        if not self._alone:
-            super()._partition_all_parameters()
-
-    @torch.no_grad()
-    def reduce_ready_partitions_and_remove_grads(self, param: Tensor) -> None:
-        """On one rank a gradient goes straight to its place, not through a bucket."""
-        if not self._alone or self.offload_optimizer:
-            super().reduce_ready_partitions_and_remove_grads(param)
-            return
-        places: dict[int, Tensor] = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        place = places[param.ds_id]  # type: ignore[attr-defined]  # DeepSpeed puts it there
-        assert param.grad is not None
-        (place.copy_ if self.micro_step_id == 0 else place.add_)(param.grad.view(-1))
-        param.grad = None
-
-    def independent_gradient_partition_epilogue(self) -> None:
-        """As the stock one, which on a GPU also waits for the stream of reductions after every backward.
-
-        Without `overlap_comm` that is the stream of everything else, whose order is enough.
-        """
-        for dtype in sort_dtypes(self.ipg_buckets.keys()):
-            self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
-        for key in self.params_already_reduced:
-            self.params_already_reduced[key] = False
-        places: dict[int, Tensor] = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        for index, sub_group in enumerate(self.fp16_groups):
-            self.averaged_gradients[index] = [
-                places[parameter.ds_id] if parameter.requires_grad else torch.zeros_like(parameter.ds_tensor)
-                for parameter in sub_group
-            ]
-        self._epilogue_ran_this_backward = True
-
-    def get_grad_norm_direct(self, gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
-        total = _sum_of_squares(_counted(gradients, params, self.not_first), self.device)
-        _add_up(total, self._get_param_partition_group(params[0]), self.peers)
-        return _masked_norm(total)
-
-    def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
-        """Pieces of a sub-group that are neighbours in the flat gradient buffer are taken as one range, not copied."""
-        master, pieces = self.fp32_partitioned_groups_flat[sub_group_id], self.averaged_gradients[sub_group_id]
-        flat: Tensor = self.grad_partitions_flat_buffer
-        end = pieces[0].storage_offset()
-        for piece in pieces:
-            if piece.data_ptr() != flat.data_ptr() + (end - flat.storage_offset()) * flat.element_size():
-                super()._prepare_fp32_grad_for_sub_group(sub_group_id)
-                return
-            end += piece.numel()
-        start = pieces[0].storage_offset() - flat.storage_offset()
-        if flat.dtype != master.dtype or end - flat.storage_offset() - start != master.numel():
-            super()._prepare_fp32_grad_for_sub_group(sub_group_id)
-            return
-        master.grad = flat.narrow(0, start, master.numel())
-        self.averaged_gradients[sub_group_id] = None
-
-    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        gradients = [self.fp32_partitioned_groups_flat[sub_group_id].grad]
-        _clip(self.optimizer, gradients, total_norm, self.clip_grad, self.loss_scale)
-
-    def _optimizer_step(self, sub_group_id: int) -> None:
-        super()._optimizer_step(sub_group_id)
-        release_kernel(self.optimizer)
-
-    def _update_scale(self, has_overflow: bool = False) -> None:
-        """Left to the engine, which asks a step later."""
-
-    def step(self, closure: Any = None) -> None:
-        if not steps_in_kernel(self.optimizer):
-            super().step(closure)
-            return
-        # As the stock step, without the question whether the norm is finite, for which it waits.
-        self._pre_step()
-        self._partition_all_parameters()
-        norm = combine_grad_norm_groups(self._get_norm_groups())
-        self._global_grad_norm = norm / self.loss_scale
-        self.zero_grad(set_to_none=True)
-        timers: set[str] = set()
-        for sub_group in range(len(self.fp16_groups)):
-            self._prepare_sub_group(sub_group, timers)
-            if self.offloaded:
-                master = self.fp32_partitioned_groups_flat[sub_group]
-                master.grad = master.grad.to(master.device)
-            self.unscale_and_clip_grads(sub_group, norm)
-            self._optimizer_step(sub_group)
-            self._reassign_or_swap_out_partitioned_parameters(sub_group)
-            self._release_sub_group(sub_group, timers)
-        self._post_step(timers)
-
-
-@contextmanager
-def flat_optimizers() -> Iterator[None]:
-    """Within, `deepspeed.initialize` builds these classes in place of its own."""
-    stock, stock3 = engine_module.DeepSpeedZeroOptimizer, stage3_module.DeepSpeedZeroOptimizer_Stage3
-    supported = engine_module.is_zero_supported_optimizer
-    engine_module.DeepSpeedZeroOptimizer = FlatZeroOptimizer
-    stage3_module.DeepSpeedZeroOptimizer_Stage3 = FlatZero3Optimizer
-    # The check imports every optimizer that DeepSpeed has, Muon's compiler included: 2.5 s of CPU at each start. Ours
-    # are built by `gptscale.train.optimizer`, which knows what it builds.
-    engine_module.is_zero_supported_optimizer = lambda optimizer: True
-    stock_init, Init._zero_init_param = Init._zero_init_param, _make_and_partition
-    # Every rank has made the same weights (`gptscale.model.init`), or is about to.
-    broadcast = engine_module.DeepSpeedEngine._broadcast_model
-    engine_module.DeepSpeedEngine._broadcast_model = lambda engine: None
-    try:
-        yield
-    finally:
-        engine_module.DeepSpeedZeroOptimizer = stock
-        stage3_module.DeepSpeedZeroOptimizer_Stage3 = stock3
-        engine_module.is_zero_supported_optimizer = supported
-        engine_module.DeepSpeedEngine._broadcast_model = broadcast
-        Init._zero_init_param = stock_init
-
-
 def _taken(parameter: Tensor) -> Tensor:
     """Its gradient, flat, which it has no longer; zeros where it has none."""
     gradient, parameter.grad = parameter.grad, None
     return torch.zeros_like(parameter.data).view(-1) if gradient is None else gradient.reshape(-1)
-
-
-def _make_and_partition(init: Any, parameter: Any) -> None:
-    """What stage 3 does with one parameter after the other: here each is made when its turn comes, and is whole for no
-    longer.
-    """
-    make(parameter, init.local_device)
-    init._convert_to_deepspeed_param(parameter)
-    parameter.partition()
-
-
-def _clip(optimizer: Any, gradients: list[Tensor], norm: Tensor, limit: float, scale: float) -> None:
-    """Unscale and clip, in the kernel or before it. `norm` is that of the scaled gradients, known to be finite if not
-    in the kernel.
-    """
-    norm = norm.to(gradients[0].device)
-    if not hand_to_kernel(optimizer, norm / scale, limit, scale):
-        by = divisor(norm / scale, limit, scale)
-        if by is not None:
-            torch._foreach_div_(gradients, by)
-
-
-def _counted(gradients: list[Tensor], parameters: list[Tensor], not_first: frozenset[int]) -> list[Tensor]:
-    """Those of parameters that no peer counts in this rank's place."""
-    if not not_first:
-        return gradients
-    pairs = zip(gradients, parameters, strict=True)
-    return [gradient for gradient, parameter in pairs if id(parameter) not in not_first]
-
-
-def _add_up(squares: Tensor, replicas: Any, peers: Group | None) -> None:
-    """Sum, in place, over the ranks that share out a parameter, and over those that hold others."""
-    if dist.get_world_size(group=replicas) > 1:
-        dist.all_reduce(squares, group=replicas)
-    if peers is not None:
-        dist.all_reduce(squares, group=peers.handle)
-
-
-def _masked_norm(squares: Tensor) -> Tensor:
-    """Their root; −1 where it is not finite, which is how DeepSpeed says so."""
-    norm = squares.sqrt()
-    return norm.masked_fill(~norm.isfinite(), -1.0)
-
-
-def _sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
-    if not gradients:
-        return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(gradients)).square().sum()

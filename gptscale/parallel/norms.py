@@ -29,7 +29,7 @@ from gptscale.parallel.ranks import Group
 def share_out_norms(model: GPT, group: Group) -> None:
     """Have the blocks work on stretches: called by `join_slices`, which has the products gather and scatter.
 
-    `gptscale.config.rules` has seen to it that rows divide by the group's size. Rows to generate from are filled up.
+    `config.parallel_rules` has seen to it that rows divide by the group's size. Rows to generate from are filled up.
     """
     model.embedding.register_forward_hook(lambda _, inputs, x_BTD: scattered(x_BTD, group))
     last = model.blocks[-1]

@@ -31,7 +31,7 @@ from gptscale.model.documents import Documents
 from gptscale.model.gpt import GPT
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import pipeline_config
-from gptscale.parallel.flat_zero import flat_optimizers
+from gptscale.parallel.flat_optimizers import flat_optimizers
 from gptscale.parallel.held import holdings
 from gptscale.parallel.on_deepspeed import OnDeepSpeed, let_speak
 from gptscale.parallel.plain import on_device

@@ -31,7 +31,7 @@ from gptscale.parallel.ranks import Group
 def split_sequences(model: GPT, group: Group) -> None:
     """Have the model compute this rank's stretches in training and evaluation, with its peers, from now on.
 
-    `gptscale.config.rules` has seen to it that heads and rows divide by the group's size. Generation works on whole
+    `config.parallel_rules` has seen to it that heads and rows divide by the group's size. Generation works on whole
     rows, on every rank alike.
     """
     if group.size == 1:

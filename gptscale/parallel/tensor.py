@@ -33,7 +33,7 @@ def join_slices(model: GPT, group: Group, shard_norms: bool = False) -> None:
     """Have a model of which each rank of a group has taken its slices work with its peers from now on.
 
     `shard_norms`: between the products each has a stretch of every row (`gptscale.parallel.norms`).
-    `gptscale.config.rules` has seen to it that heads, features and rows of the vocabulary divide by the group's size.
+    `config.parallel_rules` has seen to it that heads, features and rows of the vocabulary divide by the group's size.
     """
     if group.size == 1:
         return

@@ -17,7 +17,7 @@ from gptscale.model.compiling import is_compiled
 from gptscale.parallel.clock import Clock
 from gptscale.parallel.deepspeed_config import zero_config
 from gptscale.parallel.expert import separate_experts
-from gptscale.parallel.flat_zero import flat_optimizers
+from gptscale.parallel.flat_optimizers import flat_optimizers
 from gptscale.parallel.gradients import average_gradients, gradient_norm, prepare_update, release_kernel
 from gptscale.parallel.held import holdings
 from gptscale.parallel.noise import NoiseProbe, noise_estimates

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gptscale.config.rules import topology_of
+from gptscale.config.parallel_rules import topology_of
 from gptscale.config.schema import Checkpointing, ModelConfig, ParallelConfig, TrainRoot
 from gptscale.config.shape import head_width, kv_heads
 from gptscale.config.stages import longest_sequence

@@ -2,11 +2,12 @@
 
 sentencepiece writes a space as U+2581 ("▁") inside its pieces and cannot tell a real U+2581 from a space. So text is
 cut at each U+2581 before it reaches sentencepiece, and the character is written as the three byte pieces of its UTF-8.
+What is left is encoded word by word where that gives the same ids (`gptscale.tokenizer.words`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import sentencepiece
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer.special import END_OF_TEXT
 from gptscale.tokenizer.tokenizer import LONGEST_RUN, PROBE, Ids, Tokenizer
+from gptscale.tokenizer.words import WordEncoder, word_pattern
 
 _SPACE_MARK = "\u2581"
 
@@ -44,6 +46,10 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{name}: the model lacks the control token {END_OF_TEXT} or the 256 byte pieces\n"
                 "use a tokenizer.model that gptscale trained (`gptscale prepare` without tokenizer.path trains one)"
             )
+        pattern = word_pattern(_learnt(processor)) if _merges_pairs(processor) else None
+        self._encode_runs: Callable[[Sequence[str]], Sequence[npt.NDArray[Any]]] = (
+            self._encode_whole if pattern is None else WordEncoder(pattern, self._encode_whole)
+        )
         super().__init__(model, _bytes_of_pieces(processor), special, special[END_OF_TEXT])
         self._space_mark_ids = np.array(
             [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()], dtype=np.uint32
@@ -68,14 +74,18 @@ class SentencePieceTokenizer(Tokenizer):
                     runs.append(run)
             plans.append(plan)
         try:
-            encoded = self._processor.encode(runs, return_type="numpy", num_threads=1) if runs else []
+            encoded = self._encode_runs(runs) if runs else []
         except TypeError:
             for run in runs:
                 run.encode()  # says what is wrong and where: sentencepiece does not
             raise
         return [self._joined(plan, encoded) for plan in plans]
 
-    def _joined(self, plan: list[int], encoded: Sequence[npt.NDArray[np.int32]]) -> Ids:
+    def _encode_whole(self, texts: Sequence[str]) -> Sequence[npt.NDArray[np.int32]]:
+        found: Sequence[npt.NDArray[np.int32]] = self._processor.encode(texts, return_type="numpy", num_threads=1)
+        return found
+
+    def _joined(self, plan: list[int], encoded: Sequence[npt.NDArray[Any]]) -> Ids:
         if len(plan) == 1 and plan[0] >= 0:
             return encoded[plan[0]].view(np.uint32)
         parts = [self._space_mark_ids if run < 0 else encoded[run].view(np.uint32) for run in plan]
@@ -96,6 +106,28 @@ def _runs(text: str) -> list[str]:
         runs.append(text[start:stop])
         start = stop
     return runs
+
+
+def _learnt(processor: Any) -> list[str]:
+    """The text of every piece that text can be made of, bytes aside."""
+    return [
+        processor.id_to_piece(token).replace(_SPACE_MARK, " ")
+        for token in range(processor.get_piece_size())
+        if not (processor.is_control(token) or processor.is_unknown(token) or processor.is_byte(token))
+    ]
+
+
+def _merges_pairs(processor: Any) -> bool:
+    """Whether it is a BPE, whose ids of a word do not depend on what is around it: pieces are scored 0, -1, -2, …
+
+    The other kind, unigram, adds up scores over the whole text, and might decide a tie by how a sum was rounded.
+    """
+    scores = [
+        processor.get_score(token)
+        for token in range(processor.get_piece_size())
+        if not (processor.is_control(token) or processor.is_unknown(token) or processor.is_byte(token))
+    ]
+    return scores == [-float(rank) for rank in range(len(scores))]
 
 
 def _bytes_of_pieces(processor: Any) -> list[bytes]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from gptscale.checkpoint.trained import COMPUTE_TYPES
-from gptscale.config.rules import source_names
+from gptscale.config.names import source_names
 from gptscale.config.schema import CorpusConfig, DataConfig, PrecisionConfig, TrainRoot
 from gptscale.config.stages import as_corpora, longest_sequence
 from gptscale.config.step_plan import step_plan

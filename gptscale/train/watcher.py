@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import torch
 
 from gptscale.config.compose import Composed
-from gptscale.config.rules import source_names
+from gptscale.config.names import source_names
 from gptscale.config.schema import PrecisionConfig, TrainRoot
 from gptscale.config.step_plan import run_steps, step_plan, tokens_per_step
 from gptscale.evaluate.heldout import Evaluation, HeldoutLoss

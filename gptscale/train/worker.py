@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from gptscale.config.compose import Composed, compose
-from gptscale.config.rules import topology_of
+from gptscale.config.parallel_rules import topology_of
 from gptscale.config.schema import TrainRoot
 from gptscale.runtime.errors import (
     EXIT_DIVERGED,

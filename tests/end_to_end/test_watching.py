@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gptscale.cli.main import main
-from gptscale.config.rules import source_names
+from gptscale.config.names import source_names
 from gptscale.config.schema import CorpusConfig, DataConfig, GenerateConfig, SourceConfig, TokenizerConfig
 from tests.helpers import ranks
 from tests.helpers.syncs import counting

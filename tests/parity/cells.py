@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from gptscale.config.rules import check, topology_of
+from gptscale.config.parallel_rules import topology_of
+from gptscale.config.rules import check
 from gptscale.config.schema import (
     Checkpointing,
     DataConfig,
@@ -87,6 +88,8 @@ class Cell:
     experts_per_token: int = 2
     shared_experts: int = 0
     expert_capacity: float = 0.0
+    micro_batch: int | None = None
+    """Sequences of a micro-batch: as many as this, or, where it is 0, all that a rank has. None: what the test says."""
 
 
 CELLS = (
@@ -99,6 +102,11 @@ CELLS = (
     Cell("documents", "gpt3", True, "fp32", documents=True, windows=True, recompute="selective"),
     Cell("extras", "modern", False, "fp32", documents=True, windows=True, extras=True),
 )
+BY_ONE, AT_ONCE = (
+    Cell("by-one", "gpt3", True, "fp32", micro_batch=1),
+    Cell("at-once", "gpt3", True, "fp32", micro_batch=0),
+)
+"""Of "gpt3-tied" as many micro-batches as a rank has sequences, and one: it is the plain reference of both."""
 DEEP = (
     Cell("deep-tied", "gpt3", True, "fp32", documents=True, windows=True, layers=4),
     Cell("deep-untied", "modern", False, "fp32", poisoned=3, layers=4),
@@ -218,7 +226,8 @@ def run_cells(layout: Layout, micro_batch: int, cells: tuple[Cell, ...]) -> None
     """Train every cell on this layout; rank r leaves `<cell>-r.npz` and `<cell>-r.json` in the working directory."""
     ranks = join(layout)
     for cell in cells:
-        recorded, facts = _train(cell, settings(cell, layout, micro_batch), ranks)
+        sequences = GLOBAL_BATCH // ranks.topology.data if cell.micro_batch == 0 else cell.micro_batch or micro_batch
+        recorded, facts = _train(cell, settings(cell, layout, sequences), ranks)
         np.savez(Path(f"{cell.name}-{ranks.rank}.npz"), **recorded)
         Path(f"{cell.name}-{ranks.rank}.json").write_text(json.dumps(facts))
     ranks.close()
@@ -269,6 +278,7 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         "optimizer": type(getattr(engine, "_optimizer", None)).__name__,
         "stage": None if inner is None else inner.zero_optimization_stage(),
         "updates": engine.updates(),
+        "accumulation": split.accumulation,
         "parameters": parameters,
         "stage_parameters": sum(whole.values()),
         "expert_parameters": sum(size for name, size in whole.items() if is_of_experts(name)),

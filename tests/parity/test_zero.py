@@ -1,4 +1,4 @@
-"""Every ZeRO stage, on one and two ranks, computes what one plain process computes."""
+"""Every ZeRO stage on one rank computes what one plain process computes; `test_layouts` has more ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tests.helpers import ranks
 from tests.parity.cells import CELLS, PLAIN, Cell, Layout, assembled, run_cells
 
 Recorded = dict[str, npt.NDArray[Any]]
-LAYOUTS = [(stage, size) for stage in (0, 1, 2, 3) for size in (1, 2)]
 
 # DESIGN's "Exactness" for fp32. For bf16: what two plain runs differ by whose sums run in another order, see below.
 LOSS, GRADIENT, WEIGHT = 1e-4, 1e-5, 1e-5
@@ -66,12 +65,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
     return {cell.name: record(folder, cell, 1)[0] for cell in CELLS}
 
 
-@pytest.mark.parametrize(("stage", "size"), LAYOUTS)
-def test_a_stage_equals_one_plain_process(stage: int, size: int, plain: dict[str, Recorded], tmp_path: Path) -> None:
-    ranks.run(run_cells, [Layout("deepspeed", stage), 2, CELLS], size, tmp_path)
+@pytest.mark.parametrize("stage", range(4))
+def test_a_stage_equals_one_plain_process(stage: int, plain: dict[str, Recorded], tmp_path: Path) -> None:
+    ranks.run(run_cells, [Layout("deepspeed", stage), 2, CELLS], 1, tmp_path)
     for cell in CELLS:
-        found, facts = record(tmp_path, cell, size)
-        assert_layout_is_real(facts, cell, stage, size)
+        found, facts = record(tmp_path, cell, 1)
+        assert_layout_is_real(facts, cell, stage, 1)
         differences = worst(plain[cell.name], found)
         print(cell.name, {key: f"{value:.1e}" for key, value in differences.items()})
         assert initial_weights_are_equal(plain[cell.name], found)

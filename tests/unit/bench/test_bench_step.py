@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -49,10 +50,10 @@ def test_every_contender_is_measured_and_computes_the_same(tmp_path: Path) -> No
         command.wait_until_gone(5)
     assert code == 0, progress
     engines = ["bare", "plain", "zero0", "zero1", "zero2", "zero3"]
-    names = [*engines, "nanogpt", "nanogpt-fused", "hf-gpt2", "hf-gpt2-eager"]
+    names = [*engines, "nanogpt", "nanogpt-fused", "hf-gpt2", "hf-gpt2-eager", "products"]
     assert [line.split()[0] for line in table.splitlines() if "MiB" in line] == names
     headings = [line for line in table.splitlines() if line.startswith("· ")]
-    assert headings == ["· engines", "· other people's models"]
+    assert headings == ["· engines", "· other people's models", "· the least there is to do"]
     for expected in (
         "ours     full attention by sdpa (timed: sdpa ",
         "command  gptscale bench step model.layers=1",
@@ -64,6 +65,8 @@ def test_every_contender_is_measured_and_computes_the_same(tmp_path: Path) -> No
         assert expected in table
     figures = json.loads(output.read_text())
     assert list(figures["contenders"]) == names
+    products = figures["contenders"].pop("products")
+    assert re.fullmatch(r"\d+ products of 0\.0 GFLOP", products["built"])
     assert {name: row["built"] for name, row in figures["contenders"].items()} == {
         "bare": "loop, AdamW",
         "plain": "PlainEngine",

@@ -22,8 +22,8 @@ def test_one_rank_has_a_bare_loop_for_reference_every_engine_and_peers() -> None
     contenders = build_contenders(settings())
     engine_names = ["plain", "zero0", "zero1", "zero2", "zero3"]
     peers = ["nanogpt", "nanogpt-fused", "hf-gpt2", "hf-gpt2-eager"]
-    assert [c.name for c in contenders] == ["bare", *engine_names, *peers, "matmul"]
-    assert [c.kind for c in contenders] == ["bare", *["engine"] * 5, *["peer"] * 4, "matmul"]
+    assert [c.name for c in contenders] == ["bare", *engine_names, *peers, "products", "matmul"]
+    assert [c.kind for c in contenders] == ["bare", *["engine"] * 5, *["peer"] * 4, "products", "matmul"]
     engines = {c.name: (c.settings.parallel.engine, c.settings.parallel.zero_stage) for c in contenders[1:6]}
     assert engines["plain"][0] == "plain"
     assert {name: engine for name, engine in engines.items() if name != "plain"} == {
