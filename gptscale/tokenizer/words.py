@@ -21,8 +21,12 @@ _KEPT_BYTES = 64 << 20
 _ENTRY_BYTES = 160
 """What a word takes beside its characters: the objects of two short strings, and their place in the table."""
 
+_LETTER = r"[^\W\d_]"
+_NO_LETTER = r"[\d_!-/:-@\[-^`{-~\x00-\x1f\x7f]++|[^\w\x00-\x7f]++"
+"""Nor a space."""
+_LETTERS_APART = re.compile(rf" *+(?:[a-zA-Z]++{_LETTER}*+|(?:{_NO_LETTER})++|{_LETTER}++)| +")
+"""The spaces before, and letters or what are none: ASCII by itself, which is faster than by Unicode's classes."""
 _BEFORE_SPACES = re.compile(r" *[^ ]+| +")
-_LETTERS_APART = re.compile(r" *[^\W\d_]+| *(?:[\d_]|[^\w ])+| +")
 _PATTERNS = (_LETTERS_APART, _BEFORE_SPACES)
 """Each cuts between two characters by these alone; the finest first."""
 

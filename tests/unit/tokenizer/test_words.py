@@ -23,7 +23,7 @@ from tests.helpers.text import documents
 
 CODE = "def main(self):\n\tif x_1  ==  1234:\r\n        return self.naïve_café['ab']  # 中文 и русский\n\n\n" * 20
 HINDI = "यह हिन्दी में लिखा एक छोटा सा वाक्य है।  हिन्दी में वाक्य लिखा है।\n" * 20
-LETTERS = st.sampled_from("ab ex.,_('1\n\t  éΩ中ि्и")
+LETTERS = st.sampled_from("ab ex.,_('1\n\t  éΩ中ि्и²３\u2014\u3000\x7f\x85")
 
 
 def trained(path: Path, texts: Sequence[str], vocab_size: int = 700) -> tuple[SentencePieceTokenizer, Any]:
