@@ -6,10 +6,12 @@ in an environment of its own. See `gptscale.bench.readers` for what is measured.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +96,33 @@ def _chosen(names: Sequence[str], known: dict[str, Any], key: str) -> list[str]:
 
 
 def write_text(folder: Path, text_bytes: int) -> list[str]:
-    """The standard library's source text as JSON lines, again and again up to `text_bytes`, in eight files."""
-    documents = [
-        document.text for part in find_parts(SourceConfig(format="stdlib"), "bench") for document in read_part(part)
-    ]
+    """`text_bytes` of source text as JSON lines in eight files: of the standard library, torch and sympy, some 80 MB,
+    and from there on again and again."""
+    sources = [SourceConfig(format="stdlib")]
+    for package in ("torch", "sympy"):
+        sources.append(SourceConfig(format="files", path=_folder(package), pattern="**/*.py"))
+    parts = (part for source in sources for part in find_parts(source, "bench"))
+    documents = (document.text for part in parts for document in read_part(part))
     folder.mkdir()
     paths = [folder / f"{number}.jsonl" for number in range(8)]
     files = [path.open("w", encoding="utf-8") for path in paths]
-    written = number = 0
-    while written < text_bytes:
-        text = documents[number % len(documents)]
+    written = 0
+    for number, text in enumerate(cycle(documents)):
         files[number % len(files)].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         written += len(text.encode())
-        number += 1
+        if written >= text_bytes:
+            break
     for file in files:
         file.close()
     return [str(path) for path in paths]
+
+
+def _folder(package: str) -> str:
+    """Where an installed package lies, without importing it."""
+    found = importlib.util.find_spec(package)
+    assert found is not None, f"{package} comes with torch, on which gptscale depends"
+    assert found.submodule_search_locations, f"{package} is a folder"
+    return found.submodule_search_locations[0]
 
 
 def _texts(files: Sequence[str]) -> Iterator[str]:

@@ -124,7 +124,8 @@ def _tokeniser_lines(report: DataReport) -> list[str]:
             ]
         )
     return [
-        f"tokenising {report.bench.text_bytes / 1e6:,.0f} MB, vocabulary of {report.bench.vocab_size:,}",
+        f"tokenising {report.bench.text_bytes / 1e6:,.0f} MB of Python's and torch's source text, vocabulary of "
+        f"{report.bench.vocab_size:,}",
         *aligned([header, *rows]),
         "",
         *(f"{name}: {TOKENISERS[name]}" for name in report.tokenisers),

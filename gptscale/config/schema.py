@@ -641,7 +641,7 @@ class BenchDataConfig:
     """Sequences of a batch."""
     vocab_size: int = 8192
     text_bytes: int = 64_000_000
-    """Of the text that is tokenised: the standard library's, again and again."""
+    """Of the text that is tokenised: source text of Python, torch and sympy, again and again beyond some 80 MB."""
     readers: tuple[str, ...] = ()
     """Default: all. `none`: leave them out."""
     tokenisers: tuple[str, ...] = ()
