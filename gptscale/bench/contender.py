@@ -21,6 +21,7 @@ MATMUL = "matmul"
 """Takes turns with the others, multiplies large matrices only: the rate that no model can exceed."""
 
 PRODUCTS = "products"
+"""The matrix products of the bare loop's step, in their own shapes: the time that no step can go below."""
 MULTIPLY_ONLY = (MATMUL, PRODUCTS)
 """These take no step, and have no loss."""
 
@@ -57,7 +58,7 @@ _OPTIONS = {
     "compile": "the bare loop with train.compile=block",
 }
 """Ours with something changed. Beside them there is `optimizer-NAME` for every optimizer."""
-_LEAST = {PRODUCTS: "the matrix products of the bare loop's step alone, in their own shapes"}
+_LEAST = {PRODUCTS: "the matrix products of the bare loop's step alone, but for those of fused attention kernels"}
 _TOGETHER = {
     "ddp": "torch's DistributedDataParallel, no engine",
     **{name: says for name, says in _ALONE.items() if name.startswith("zero")},

@@ -1,4 +1,7 @@
-"""The matrix products of an optimizer step and nothing else: what no way to take that step can do without."""
+"""The matrix products of an optimizer step and nothing else: less than any way to take that step can do with.
+
+Those within a fused attention kernel are not seen.
+"""
 
 from __future__ import annotations
 
@@ -50,19 +53,22 @@ class ProductRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def replay(calls: Sequence[tuple[Any, Any, Any]], device: torch.device) -> Step:
-    """The same products again, of random numbers. Tensors that lie alike are one, which favours no way to take a
-    step."""
-    made: dict[_Stored, Tensor] = {}
+    """The same products again, of random numbers. Those read that lie alike are one tensor, and so are those written:
+    weights of one shape stay in a cache that a real step's do not, which makes the replay if anything too fast."""
+    read: dict[_Stored, Tensor] = {}
+    written: dict[_Stored, Tensor] = {}
 
-    def tensor(like: Any) -> Any:
-        if not isinstance(like, _Stored):
-            return like
-        if like not in made:
-            empty = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device)
-            made[like] = empty.normal_(std=0.02)
-        return made[like]
+    def ready_call(func: Any, args: Any, given: Any) -> partial[Tensor]:
+        in_place = func._opname.endswith("_")
+        first = args[:1] if in_place else ()
+        rest = tree_map(lambda one: _tensor(one, read, device), args[len(first) :])
+        named = {
+            name: _tensor(one, written if name == "out" else read, device) if isinstance(one, _Stored) else one
+            for name, one in given.items()
+        }
+        return partial(func, *(_tensor(one, written, device) for one in first), *rest, **named)
 
-    ready = [partial(func, *tree_map(tensor, args), **tree_map(tensor, given)) for func, args, given in calls]
+    ready = [ready_call(*call) for call in calls]
 
     def step(_: Sequence[Batch]) -> float:
         last = torch.zeros((), device=device)
@@ -72,6 +78,17 @@ def replay(calls: Sequence[tuple[Any, Any, Any]], device: torch.device) -> Step:
         return float(last.flatten()[0])  # waits for the device
 
     return step
+
+
+def _tensor(like: Any, made: dict[_Stored, Tensor], device: torch.device) -> Any:
+    """The one of `made` that lies like it; another is made where there is none. What is no tensor stays as it is."""
+    if not isinstance(like, _Stored):
+        return like
+    if like not in made:
+        reach = 1 + sum((size - 1) * step for size, step in zip(like.shape, like.stride, strict=True))
+        numbers = torch.empty(reach, dtype=like.dtype, device=device).normal_(std=0.02)
+        made[like] = numbers.as_strided(like.shape, like.stride)
+    return made[like]
 
 
 def _stored(value: Any) -> Any:

@@ -59,6 +59,7 @@ def summarise(measured: Mapping[str, Samples], step_flops: float, peak: Peak) ->
     for name, samples in measured.items():
         if name == MATMUL:
             continue
+        flops = samples.ready.flops or step_flops
         wall_s, cpu_s = spread(_steps(samples.rounds, "wall_s")), spread(_steps(samples.rounds, "cpu_s"))
         rows.append(
             Row(
@@ -68,8 +69,8 @@ def summarise(measured: Mapping[str, Samples], step_flops: float, peak: Peak) ->
                 cpu_s=cpu_s,
                 wall_ratio=spread(_ratios(samples.rounds, reference.rounds, "wall_s")),
                 cpu_ratio=spread(_ratios(samples.rounds, reference.rounds, "cpu_s")),
-                wall_share_of_peak=step_flops / wall_s.median / peak.flops_per_wall_s,
-                cpu_share_of_peak=step_flops / cpu_s.median / peak.flops_per_cpu_s,
+                wall_share_of_peak=flops / wall_s.median / peak.flops_per_wall_s,
+                cpu_share_of_peak=flops / cpu_s.median / peak.flops_per_cpu_s,
                 peak_bytes=samples.peak_bytes,
             )
         )

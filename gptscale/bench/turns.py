@@ -32,6 +32,8 @@ class Ready:
     keeps_freed_memory: bool
     kernels: Mapping[str, str] = field(default_factory=dict)
     """What attends in each kind of layer, where this process was asked to find out."""
+    flops: int = 0
+    """Useful operations of a step, where they are not those of the model."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _take_turns(connection: Connection, contender: Contender) -> None:
         connection.send(choose(contender, keeps_freed_memory))
         return
     workload = build_workload(contender)
-    connection.send(Ready(workload.built, str(workload.device), keeps_freed_memory))
+    connection.send(Ready(workload.built, str(workload.device), keeps_freed_memory, flops=workload.flops))
     while True:
         request: Request = connection.recv()
         match request:

@@ -43,6 +43,8 @@ class Workload:
     step: Step
     batches: Sequence[Sequence[Batch]]
     seed: int
+    flops: int = 0
+    """Of a step, where it is not that of the model."""
     steps_taken: int = 0
 
     def timed_step(self) -> tuple[float, float, float]:
@@ -81,13 +83,16 @@ def build_workload(contender: Contender) -> Workload:
     device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if contender.kind == "matmul":
         return Workload("torch.mm", device, matmul_step(settings, device), [[]], settings.run.seed)
+    if contender.kind == "products":
+        recorded = step_products(contender, process, device)
+        built = f"{len(recorded.calls):,} products of {recorded.flops / 1e9:,.1f} GFLOP, none of a fused attention's"
+        return Workload(built, device, replay(recorded.calls, device), [[]], settings.run.seed, recorded.flops)
     builders = {
         "bare": bare_step,
         "ddp": ddp_step,
         "fsdp2": fsdp2_step,
         "engine": engine_step,
         "peer": peer_step,
-        "products": products_step,
     }
     built, step = builders[contender.kind](contender, process, device)
     # DeepSpeed changes torch for the process that imports it; what it is compared with must be torch's own.
@@ -160,12 +165,13 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
     return f"{type(model).__name__}{'' if name == 'nanogpt' else f', {attention}'}, {fused}AdamW", step
 
 
-def products_step(contender: Contender, process: ProcessInfo, device: torch.device) -> tuple[str, Step]:
+def step_products(contender: Contender, process: ProcessInfo, device: torch.device) -> ProductRecorder:
     """What the bare loop multiplies in a step."""
     _, step = bare_step(contender, process, device)
-    with ProductRecorder() as recorded:
+    recorder = ProductRecorder()
+    with recorder:
         step(random_batches(contender, process.rank, device)[0])
-    return f"{len(recorded.calls):,} products of {recorded.flops / 1e9:,.1f} GFLOP", replay(recorded.calls, device)
+    return recorder
 
 
 def matmul_step(settings: TrainRoot, device: torch.device) -> Step:

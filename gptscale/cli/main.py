@@ -18,7 +18,7 @@ VERBS = {
     "generate": "a run or checkpoint → text",
     "export": "prepared text → Megatron's indexed datasets",
     "inspect": "a run, two runs, a checkpoint or prepared text → what is in it",
-    "bench": "measure: bench step",
+    "bench": "measure: bench step, bench layouts, bench data",
 }
 
 USAGE = """usage: gptscale VERB [group=option] [key=value]…

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptscale.config.compose import compose
+from gptscale.config.rules import check_addresses
 from gptscale.config.schema import PrepareRoot
 from gptscale.runtime.errors import EXIT_DONE, UserError
 from gptscale.runtime.registry import load_plugins
@@ -35,6 +36,7 @@ def run(arguments: Sequence[str]) -> int:
             f"prepare.task={jobs.task}, prepare.tasks={jobs.tasks}, prepare.merge={str(jobs.merge).lower()} "
             "contradict each other\nset 0 <= prepare.task < prepare.tasks, and prepare.merge=true without prepare.task"
         )
+    check_addresses(settings.data)
     load_plugins(settings.plugins)
     from gptscale.cli.progress import prepare_progress
     from gptscale.data.prepare import corpus_folder, ensure_prepared, prepare, prepare_task

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 from gptscale.runtime.errors import UserError
 
 
 def at_least(key: str, value: float, least: int) -> None:
-    if value < least:
-        raise UserError(f"{key}={value} is below {least}\nset {key}={least} or more")
+    """Raises UserError, also where it is infinite or no number."""
+    if not least <= value < math.inf:
+        what = f"is below {least}" if value < least else "is no finite number"
+        raise UserError(f"{key}={value} {what}\nset {key}={least} or more")
 
 
 def above_zero(key: str, value: float, example: str) -> None:
-    if not value > 0:
-        raise UserError(f"{key}={value} must be above 0\nset it, e.g. {key}={example}")
+    """Raises UserError, also where it is infinite or no number."""
+    if not 0 < value < math.inf:
+        what = "must be above 0" if value <= 0 else "is no finite number"
+        raise UserError(f"{key}={value} {what}\nset it, e.g. {key}={example}")
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

@@ -10,14 +10,14 @@ from pathlib import PurePath
 from gptscale.config.schema import DataConfig, SourceConfig
 
 
-def source_names(data: DataConfig) -> tuple[str, ...]:
+def corpus_names(data: DataConfig) -> tuple[str, ...]:
     """What a mixture's held-out parts are called: their folders' names, made unique. () where there is one corpus."""
     if data.path is None or isinstance(data.path, str) or len(data.path) < 2:
         return ()
     return _unique_names(os.path.basename(os.path.normpath(corpus.path)) for corpus in data.path)
 
 
-def text_names(sources: Sequence[SourceConfig]) -> tuple[str, ...]:
+def source_names(sources: Sequence[SourceConfig]) -> tuple[str, ...]:
     """What the texts of one prepared folder are called: by their own names, else their paths or formats."""
     return _unique_names(source.name or PurePath(source.path).stem or source.format for source in sources)
 

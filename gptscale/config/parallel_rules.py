@@ -25,7 +25,7 @@ def check_layout(settings: TrainRoot, world_size: int) -> None:
         raise UserError(f"parallel.zero_stage={parallel.zero_stage} is not known\nchoose 0, 1, 2 or 3")
     for axis in ("pipeline", "tensor", "sequence", "expert"):
         at_least(f"parallel.{axis}", getattr(parallel, axis), 1)
-    if parallel.pipeline > 1 or parallel.pipeline_layers is not None:
+    if parallel.pipeline > 1 or parallel.pipeline_layers is not None or parallel.pipeline_balance != "parameters":
         _check_pipeline(settings)
     if parallel.tensor > 1:
         _check_tensor(settings)
@@ -40,6 +40,12 @@ def check_layout(settings: TrainRoot, world_size: int) -> None:
     if settings.model.experts:
         _check_with_experts(settings)
     at_least("parallel.checkpoint_interval", parallel.checkpoint_interval, 1)
+    if parallel.checkpoint_interval > 1 and parallel.activation_checkpointing != "full":
+        raise UserError(
+            f"parallel.checkpoint_interval={parallel.checkpoint_interval} has no effect with "
+            f"parallel.activation_checkpointing={parallel.activation_checkpointing}\n"
+            "use parallel.activation_checkpointing=full, or leave it out"
+        )
     if parallel.activation_checkpointing == "selective":
         name = "parallel.activation_checkpointing"
         _needs_own_block(settings, f"{name}=selective", f"{name}=full")
@@ -82,19 +88,34 @@ def _check_raw(parallel: ParallelConfig) -> None:
         value = getattr(parallel.deepspeed.zero_optimization, field.name)
         if value is None:
             continue
-        key, from_stage = f"parallel.deepspeed.zero_optimization.{field.name}", 2 if field.name.startswith("re") else 3
+        key = f"parallel.deepspeed.zero_optimization.{field.name}"
+        from_stage = 2 if field.name == "reduce_bucket_size" else 3
         at_least(key, value, 0 if field.name == "stage3_param_persistence_threshold" else 1)
         if parallel.zero_stage < from_stage:
             raise UserError(
                 f"{key} has no effect with parallel.zero_stage={parallel.zero_stage}\n"
                 f"use parallel.zero_stage={from_stage}, or leave it out"
             )
+    raw = parallel.deepspeed
+    if parallel.pipeline > 1 and raw.flops_profiler.enabled:
+        raise UserError(
+            "parallel.deepspeed.flops_profiler reports nothing of a pipeline\n"
+            "leave it out, or use parallel.pipeline=1; `profile.steps` works with both"
+        )
+    if parallel.pipeline > 1 and raw.wall_clock_breakdown and raw.steps_per_print is None:
+        raise UserError(
+            "parallel.deepspeed.wall_clock_breakdown is shown as a pipeline's steps are printed\n"
+            "set parallel.deepspeed.steps_per_print=10, say"
+        )
     if parallel.engine == "plain" and parallel.deepspeed != DeepSpeedConfig():
         raise UserError("parallel.deepspeed has no effect with parallel.engine=plain\nuse parallel.engine=deepspeed")
 
 
 def _check_pipeline(settings: TrainRoot) -> None:
     model, parallel = settings.model, settings.parallel
+    if parallel.pipeline_balance == "time" and (parallel.pipeline == 1 or parallel.pipeline_layers is not None):
+        why = "parallel.pipeline=1" if parallel.pipeline == 1 else "parallel.pipeline_layers"
+        raise UserError(f"parallel.pipeline_balance=time has no effect with {why}\nleave one of them out")
     if parallel.pipeline_layers is not None:
         stages, layers = len(parallel.pipeline_layers), sum(parallel.pipeline_layers)
         if stages != parallel.pipeline or layers != model.layers or min(parallel.pipeline_layers, default=0) < 1:
@@ -212,10 +233,10 @@ def _check_with_experts(settings: TrainRoot) -> None:
 def _check_shard_norms(settings: TrainRoot) -> None:
     parallel = settings.parallel
     for key, value, needed in (
-        ("parallel.sequence", parallel.sequence, "1"),
-        ("model.dropout", settings.model.dropout, "0"),
+        ("parallel.sequence", parallel.sequence, 1),
+        ("model.dropout", settings.model.dropout, 0),
     ):
-        if str(value) not in (needed, f"{needed}.0"):
+        if value != needed:
             raise UserError(
                 f"parallel.shard_norms=true does not go with {key}={value}\n"
                 f"use {key}={needed}, or parallel.shard_norms=false"

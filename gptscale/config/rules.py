@@ -7,13 +7,14 @@ own beside this one.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from gptscale.config.limits import above_zero, at_least, nearest_divisor
 from gptscale.config.model_rules import check_model
-from gptscale.config.names import source_names
+from gptscale.config.names import corpus_names
 from gptscale.config.parallel_rules import check_layout, topology_of
-from gptscale.config.schema import MIN_LOSS_SCALE, ProfileConfig, TrainRoot
-from gptscale.config.stages import as_corpora, check_stages, stage_folders
+from gptscale.config.schema import MIN_LOSS_SCALE, DataConfig, ProfileConfig, TrainRoot
+from gptscale.config.stages import as_corpora, check_mixture, check_stages, stage_folders
 from gptscale.config.step_plan import step_plan
 from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit, split_batch
@@ -24,7 +25,9 @@ def check(settings: TrainRoot, world_size: int) -> BatchSplit:
     check_model(settings.model)
     _check_ranges(settings)
     _check_heldout_sets(settings)
-    _check_addresses(settings)
+    check_addresses(settings.data, (chosen.path for chosen in settings.evaluation.sets))
+    if settings.data.path is not None:
+        check_mixture("data.path", settings.data.path)
     _check_length(settings)
     _check_profile(settings.profile, world_size)
     check_layout(settings, world_size)
@@ -54,6 +57,8 @@ def _check_ranges(settings: TrainRoot) -> None:
     at_least("data.sequence_length", settings.data.sequence_length, 1)
     at_least("data.block_sequences", settings.data.block_sequences, 1)
     at_least("data.window_blocks", settings.data.window_blocks, 1)
+    if settings.data.cache_bytes is not None:
+        at_least("data.cache_bytes", settings.data.cache_bytes, 1)
     at_least("checkpoint.every_steps", settings.checkpoint.every_steps, 1)
     at_least("checkpoint.keep", settings.checkpoint.keep, 2)
     at_least("launch.ranks", settings.launch.ranks, 1)
@@ -91,7 +96,7 @@ def _check_ranges(settings: TrainRoot) -> None:
 
 
 def _check_heldout_sets(settings: TrainRoot) -> None:
-    names = list(source_names(settings.data))
+    names = list(corpus_names(settings.data))
     for chosen in settings.evaluation.sets:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", chosen.name):
             raise UserError(
@@ -106,20 +111,18 @@ def _check_heldout_sets(settings: TrainRoot) -> None:
             at_least(f"evaluation.sets: sequences of {chosen.name}", chosen.sequences, 0)
 
 
-def _check_addresses(settings: TrainRoot) -> None:
-    """A run's settings are kept and shown: no place for a password."""
-    data = settings.data
+def check_addresses(data: DataConfig, sets: Iterable[str] = ()) -> None:
+    """Settings are kept and shown: no place for a password. `sets` are the paths of held-out sets."""
     addresses = [("data.path", corpus.path) for corpus in (() if data.path is None else as_corpora(data.path))]
     addresses += [("data.stages", folder) for folder in stage_folders(data)]
-    addresses += [("evaluation.sets", chosen.path) for chosen in settings.evaluation.sets]
+    addresses += [("data.sources", source.path) for source in data.sources]
+    addresses += [("evaluation.sets", path) for path in sets]
     for key, address in addresses:
-        if found := re.match(r"([a-z][a-z0-9+.-]*://)[^/]*:[^/]*@", address):
+        if found := re.match(r"([a-z][a-z0-9+.-]*://)[^/@\s]*:(?!\d+/)[^@\s]*@", address):
             raise UserError(
                 f"{key}={found[1]}… holds a password, and a run keeps its settings\n"
                 "leave it out: credentials are found in the environment, or where the store's own tools keep them"
             )
-    if settings.data.cache_bytes is not None:
-        at_least("data.cache_bytes", settings.data.cache_bytes, 1)
 
 
 def _check_length(settings: TrainRoot) -> None:

@@ -590,8 +590,9 @@ class BenchConfig:
     threads: int = 1
     """OpenMP threads of a rank."""
     contenders: tuple[str, ...] = ()
-    """Default: every engine for this many ranks; with one rank, other people's models of the same shape too. By name
-    there are ours with something changed as well: full-loss, attention-blocked, attention-sdpa, optimizer-NAME."""
+    """Default: every engine for this many ranks; with one rank, other people's models of the same shape too, and the
+    products of a step alone. By name there are ours with something changed as well: compile, full-loss,
+    attention-blocked, attention-sdpa, optimizer-NAME."""
     output: str | None = None
     """A JSON file for the figures and every sample."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from gptscale.config.limits import above_zero
 from gptscale.config.schema import CorpusConfig, DataConfig, StageConfig, TrainRoot
 from gptscale.config.step_plan import step_plan
 from gptscale.runtime.errors import UserError
@@ -13,6 +14,14 @@ from gptscale.topology import BatchSplit
 def as_corpora(path: str | tuple[CorpusConfig, ...]) -> tuple[CorpusConfig, ...]:
     """A `path` of settings as the folders and weights that it stands for."""
     return (CorpusConfig(path),) if isinstance(path, str) else path
+
+
+def check_mixture(key: str, path: str | tuple[CorpusConfig, ...]) -> None:
+    """Raises UserError where it names no text, or weighs some in a way that gives no shares."""
+    if not path:
+        raise UserError(f"{key} names no text\nname a prepared folder, or a list of {{path, weight}}")
+    for number, corpus in enumerate(as_corpora(path)):
+        above_zero(f"{key}[{number}].weight", corpus.weight, "1")
 
 
 def stage_folders(data: DataConfig) -> tuple[str, ...]:
@@ -41,8 +50,8 @@ def check_stages(settings: TrainRoot, split: BatchSplit) -> None:
         tokens_before = stage.from_tokens
         if stage.path is None and stage.sequence_length is None and stage.seed is None:
             raise UserError(f"{key}: stage {stage.name} changes nothing\nset its path, sequence_length or seed")
-        if stage.path is not None and not stage.path:
-            raise UserError(f"{key}.path names no text\nname a prepared folder, or a list of {{path, weight}}")
+        if stage.path is not None:
+            check_mixture(f"{key}.path", stage.path)
         if stage.sequence_length is not None:
             _check_length(settings, key, stage, split)
     plan = step_plan(settings)

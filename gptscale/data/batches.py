@@ -27,8 +27,6 @@ class BatchMaker:
     boundary_loss: bool = True
     """Whether a document's first token is a target of the end_of_text before it."""
     pin: bool = False
-    """For a GPU: ids go there as they are stored, from memory that it can read while others compute. On a CPU they are
-    widened here, all at once."""
 
     def make(self, rows: Rows, length: int, counts: Sequence[int]) -> list[Batch]:
         """Rows as sequences of `length` tokens: each row as it is, or cut into several. The first `counts[0]` rows make
@@ -49,7 +47,7 @@ class BatchMaker:
         if pieces > 1:  # neighbours share a token
             places = np.arange(pieces)[:, None] * length + np.arange(length + 1)
             tokens_BT1 = rows.tokens[:, places].reshape(-1, length + 1)
-        tokens = self._parts(tokens_BT1, sequences, widen=not self.pin)
+        tokens = self._parts(tokens_BT1, sequences)
         return [Batch(*parts) for parts in zip(tokens, loss_tokens, starts, silent, strict=True)]
 
     def _starts(self, rows: Rows, length: int) -> npt.NDArray[np.int64]:
@@ -74,9 +72,7 @@ class BatchMaker:
         silent_NT: npt.NDArray[np.bool_] = foreign_NT | (position_T >= rows.used[:, None])
         return silent_NT
 
-    def _parts(self, values: npt.NDArray[Any], sizes: list[int], widen: bool = False) -> Sequence[torch.Tensor]:
-        whole = torch.from_numpy(np.ascontiguousarray(values))
-        if self.pin:
-            whole = whole.pin_memory()
-        parts: Sequence[torch.Tensor] = torch.split(whole, sizes)
-        return [part.to(torch.int64) for part in parts] if widen else parts
+    def _parts(self, values: npt.NDArray[Any], sizes: list[int]) -> Sequence[torch.Tensor]:
+        # Of rows on the host views will do: they are widened, and so copied, next.
+        whole = torch.from_numpy(np.ascontiguousarray(values)).pin_memory() if self.pin else torch.from_numpy(values)
+        return torch.split(whole, sizes)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from gptscale.config.names import text_names
+from gptscale.config.names import source_names
 from gptscale.config.schema import DataConfig, TokenizerConfig
 from gptscale.data.filters import check_filters
 from gptscale.data.fim import fill_in_middle
@@ -229,7 +229,7 @@ def _parts(data: DataConfig, tokenizer: TokenizerConfig) -> list[Part]:
         raise UserError("data.shard_tokens and data.workers must be at least 1\ncorrect them")
     parts = [
         part
-        for number, (source, name) in enumerate(zip(data.sources, text_names(data.sources), strict=True))
+        for number, (source, name) in enumerate(zip(data.sources, source_names(data.sources), strict=True))
         for part in find_parts(replace(source, name=name), f"data.sources[{number}]")
     ]
     for part in parts:

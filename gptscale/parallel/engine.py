@@ -27,8 +27,10 @@ class Engine(Protocol):
         """One optimizer step over this rank's micro-batches of a global batch. A collective.
 
         The loss is the mean over the loss-bearing tokens of the global batch, whatever their spread over micro-batches
-        and ranks. A step whose gradient is not finite changes nothing. The host waits for the device in two cases only:
-        an optimizer without a fused kernel, and fp16, whose scale depends on the norm of the step before.
+        and ranks. A step whose gradient is not finite changes nothing. The host does not wait for the device, but for:
+        an optimizer without a fused kernel, or on the host; fp16, whose scale depends on the norm of the step before;
+        experts on other ranks, or of limited capacity, in every layer; and DeepSpeed's limits on how far ahead ZeRO-3
+        may gather and reduce.
 
         `measure_noise` adds the gradient noise of this step, which needs at least two micro-batches over all ranks.
         """

@@ -55,8 +55,8 @@ class SpreadExperts(Experts, MoE):  # type: ignore[misc]  # DeepSpeed has no typ
         counts_PH = torch.empty_like(counts_E)
         dist.all_to_all_single(counts_PH, counts_E, group=self._peers.handle)
         counts_PH = counts_PH.view(size, -1)
-        sent = counts_E.view(size, -1).sum(dim=1).tolist()
-        received = counts_PH.sum(dim=1).tolist()
+        # The host has to know how many rows to send, and waits for them once.
+        sent, received = torch.stack([counts_E.view(size, -1).sum(dim=1), counts_PH.sum(dim=1)]).tolist()
         arrived_AD: Tensor = _Exchange.apply(x_AD, sent, received, self._peers)  # type: ignore[no-untyped-call]
         # They come in the order of peers, and of experts within: the products want them in the order of experts.
         expert_A = torch.arange(counts_PH.shape[1], device=x_AD.device).repeat(size)

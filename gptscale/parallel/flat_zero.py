@@ -159,11 +159,9 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
         for group, master in enumerate(self.single_partition_of_fp32_groups):
             self.free_grad_in_param_list(self.params_not_in_partition[group])
             self.free_grad_in_param_list(self.params_in_partition[group])
-            master.grad = self._get_preflattened_grad_partition(group)
+            master.grad = self._get_preflattened_grad_partition(group).to(master.device)
             self._release_preflattened_grad_buffers(group)
             self.averaged_gradients[group] = self.all_grad_tensors[group] = None
-            if self.offloaded:
-                master.grad = master.grad.to(master.device)
             self.unscale_and_clip_grads([master.grad], norm)
             self._optimizer_step(group)
             master.grad = None

@@ -72,7 +72,7 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
     @torch.no_grad()
     def reduce_ready_partitions_and_remove_grads(self, param: Tensor) -> None:
         """On one rank a gradient goes straight to its place, not through a bucket."""
-        if not self._alone or self.offload_optimizer:
+        if not self._alone:
             super().reduce_ready_partitions_and_remove_grads(param)
             return
         places: dict[int, Tensor] = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
@@ -108,16 +108,16 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         master, pieces = self.fp32_partitioned_groups_flat[sub_group_id], self.averaged_gradients[sub_group_id]
         flat: Tensor = self.grad_partitions_flat_buffer
         end = pieces[0].storage_offset()
+        in_place = flat.dtype == master.dtype
         for piece in pieces:
-            if piece.data_ptr() != flat.data_ptr() + (end - flat.storage_offset()) * flat.element_size():
-                super()._prepare_fp32_grad_for_sub_group(sub_group_id)
-                return
+            in_place &= piece.data_ptr() == flat.data_ptr() + (end - flat.storage_offset()) * flat.element_size()
             end += piece.numel()
         start = pieces[0].storage_offset() - flat.storage_offset()
-        if flat.dtype != master.dtype or end - flat.storage_offset() - start != master.numel():
-            super()._prepare_fp32_grad_for_sub_group(sub_group_id)
-            return
-        master.grad = flat.narrow(0, start, master.numel())
+        if in_place and end - flat.storage_offset() - start == master.numel():
+            gradient = flat.narrow(0, start, master.numel())
+        else:
+            gradient = torch.cat([piece.reshape(-1) for piece in pieces]).to(master.dtype)
+        master.grad = gradient.to(master.device)  # the host, where the optimizer is offloaded
         self.averaged_gradients[sub_group_id] = None
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
@@ -144,9 +144,6 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
         timers: set[str] = set()
         for sub_group in range(len(self.fp16_groups)):
             self._prepare_sub_group(sub_group, timers)
-            if self.offloaded:
-                master = self.fp32_partitioned_groups_flat[sub_group]
-                master.grad = master.grad.to(master.device)
             self.unscale_and_clip_grads(sub_group, norm)
             self._optimizer_step(sub_group)
             self._reassign_or_swap_out_partitioned_parameters(sub_group)

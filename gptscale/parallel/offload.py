@@ -25,16 +25,17 @@ class Host:
     """Memory for what is offloaded."""
 
     def __init__(self, folder: str | None, pinned: bool) -> None:
-        """On disk, in `folder`, or in main memory: `pinned`, where a GPU copies to and from it."""
+        """On disk, in `folder`, or in main memory: `pinned`, what a GPU copies to and from."""
         self._folder, self._pinned = folder, pinned
 
     def copy_of(self, tensor: Tensor) -> Tensor:
-        return self.zeros(tensor.numel()).copy_(tensor)
+        """That goes back and forth."""
+        return self.zeros(tensor.numel(), self._pinned).copy_(tensor)
 
-    def zeros(self, elements: int) -> Tensor:
+    def zeros(self, elements: int, pinned: bool = False) -> Tensor:
         """fp32. Raises UserError where the disk has no room for it."""
         if self._folder is None:
-            return torch.zeros(elements, pin_memory=self._pinned)
+            return torch.zeros(elements, pin_memory=pinned)
         size = max(elements, 1) * torch.float32.itemsize
         try:
             descriptor, path = tempfile.mkstemp(prefix="gptscale-offload-", dir=self._folder)

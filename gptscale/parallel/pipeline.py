@@ -22,6 +22,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
@@ -96,15 +97,29 @@ class Pipeline(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
             super().__init__(layers, topology=grid, loss_fn=stage.loss, partition_method="uniform")
         self._tied: Tensor | None = stage.model.head.weight if stage.model.config.tied_embeddings else None
-        first, last = (topology.rank(replace(ranks.at, pipeline=end)) for end in (0, topology.pipeline - 1))
-        self._ends = ranks.group_of((first, last)) if ranks.rank in (first, last) else None
+        self._ends = ranks.ends
+        self._first = topology.rank(replace(ranks.at, pipeline=0))
+        self._copies_drift = ranks.replicas.size > 2
         self.clock = Clock(ranks.device)
         self.forward_backward: Duration | None = None
 
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
         """Asked by DeepSpeed when all of a step's backward passes are done: whose gradients are to be summed."""
         self.forward_backward = self.clock.lap()
-        return [(self._tied, self._ends)] if self._tied is not None and self._ends is not None else []
+        if self._tied is None or self._ends.size == 1:
+            return []
+        return [(self._tied, self._ends.process_group)]
+
+    @torch.no_grad()
+    def align_copies(self) -> None:
+        """Give the last stage the first one's copy of a tied weight, after a step.
+
+        Both sum the same gradients over their replicas, but each in the order of its own partitions: of three numbers
+        and more, another order may be another sum. Checkpoints hold one copy, so that a run that drifted would not be
+        the one that is resumed.
+        """
+        if self._tied is not None and self._ends.size > 1 and self._copies_drift:
+            dist.broadcast(self._tied, self._first, group=self._ends.handle)
 
 
 class PipelineEngine(OnDeepSpeed):
@@ -135,6 +150,7 @@ class PipelineEngine(OnDeepSpeed):
             )
         super().__init__(engine, model, 1, settings, ranks, held)
         self._shapes: list[torch.Size] = []
+        self._prints = settings.parallel.deepspeed.steps_per_print is not None
 
     def train_step(
         self, microbatches: Sequence[Batch], learning_rate: float, measure_noise: bool = False
@@ -154,6 +170,9 @@ class PipelineEngine(OnDeepSpeed):
         engine._config.gradient_accumulation_steps = len(microbatches)
         self._pipeline.clock.restart()
         loss = engine.train_batch(self._feed(microbatches, weight, gain))
+        self._pipeline.align_copies()
+        if not self._prints:
+            engine.timers(TRAIN_BATCH_TIMER).reset()  # which DeepSpeed does as it prints, and until then keeps all
         norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=ranks.device)
         if self._scaler is not None:
             self._scaler.stepped(norm)

@@ -70,6 +70,13 @@ class Ranks:
         """The ranks that share this one's rows."""
         self.pipeline = self._group(lambda at: (at.data, at.sequence, at.tensor))
         """The stages before and after this one."""
+        ends = (0, self.topology.pipeline - 1)
+        self.ends = self.pipeline
+        """The first and the last of these stages; of one in between, itself."""
+        if self.topology.pipeline > 2:
+            self.ends = self._group(
+                lambda at: (at.data, at.sequence, at.tensor, -1 if at.pipeline in ends else at.pipeline), anew=True
+            )
         self.model = self._group(lambda at: (at.data, at.sequence))
         """The ranks that hold the parts of one copy of the model."""
         experts = self.topology.expert
@@ -78,17 +85,18 @@ class Ranks:
         self.expert_replicas = self._group(lambda at: (at.pipeline, at.tensor, at.data % experts))
         """The ranks that hold the same experts."""
 
-    def _group(self, key: Callable[[Coordinates], Hashable]) -> Group:
-        """This rank's group, where those of equal keys are one. A collective of its members.
+    def _group(self, key: Callable[[Coordinates], Hashable], anew: bool = False) -> Group:
+        """This rank's group, where those of equal keys are one. Every rank makes one for the same key.
 
-        Nobody else has to be there, or a start would take longer with every rank of the run.
+        Members wait for one another alone, or a start would take longer with every rank of the run. But NCCL makes all
+        groups of a key at once, by splitting the group of all ranks: nobody may be left out, and so groups whose sizes
+        differ are made `anew`, though some rank may have had such a one.
         """
         own = tuple(r for r in range(self.size) if key(self.topology.coordinates(r)) == key(self.at))
-        return Group(own.index(self.rank), len(own), self.group_of(own) if len(own) < self.size else None)
+        return Group(own.index(self.rank), len(own), self._group_of(own, anew) if len(own) < self.size else None)
 
-    def group_of(self, members: tuple[int, ...]) -> torch.distributed.ProcessGroup:
-        """The process group of these ranks, this one among them, made when first asked for."""
-        if members not in self._made:
+    def _group_of(self, members: tuple[int, ...], anew: bool) -> torch.distributed.ProcessGroup:
+        if anew or members not in self._made:
             limit = timedelta(seconds=self._timeout_s)
             self._made[members] = torch.distributed.new_group(
                 list(members), timeout=limit, use_local_synchronization=True

@@ -12,7 +12,7 @@ from gptscale.parallel.tensor import join_slices
 from gptscale.plan.stages import Cut, balanced, cuts
 
 
-def by_parts(ranks: Ranks, parallel: ParallelConfig, block: str = "gpt") -> bool:
+def by_parts(ranks: Ranks, parallel: ParallelConfig, block: str) -> bool:
     """Whether a rank makes its own part of a model that comes on the meta device, and nobody the whole.
 
     Blocks of a user's own may hold more than parameters: they are made whole, and then cut.
@@ -35,7 +35,7 @@ def spread(model: GPT, ranks: Ranks, parallel: ParallelConfig, seed: int) -> Cut
     cut = cuts(blocks)[ranks.pipeline.rank]
     if ranks.pipeline.size > 1:
         keep(model, cut)
-    later = ranks.device if by_parts(ranks, parallel) and partitions(parallel) else None
+    later = ranks.device if by_parts(ranks, parallel, model.config.block) and partitions(parallel) else None
     take_slices(model, ranks.tensor, ranks.expert, seed, later)
     join_slices(model, ranks.tensor, parallel.shard_norms)
     split_sequences(model, ranks.sequence)

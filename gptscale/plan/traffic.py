@@ -253,7 +253,10 @@ def _pipeline(step: Step, cut: Cut) -> Iterator[Transfer]:
     yield Transfer("pipeline", "send", 2, neighbours * sent)
     if step.model.tied_embeddings and (cut.first or cut.last):
         (weight, *_), *_ = parts(step.model, step.vocab_size, step.positions)
-        yield Transfer("tied embedding", "all-reduce", 2, _FP32 * weight.sliced(step.topology.tensor).numel)
+        sliced = weight.sliced(step.topology.tensor).numel
+        yield Transfer("tied embedding", "all-reduce", 2, _FP32 * sliced)
+        if step.topology.data * step.topology.sequence > 2:  # so that both ends hold the same to the bit
+            yield Transfer("tied embedding", "broadcast", 2, _FP32 * sliced)
 
 
 def _numbers(step: Step, cut: Cut, mine: Sequence[Parameter]) -> Iterator[Transfer]:

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer.special import END_OF_TEXT
 from gptscale.tokenizer.tokenizer import LONGEST_RUN, PROBE, Ids, Tokenizer
 from gptscale.tokenizer.words import WordEncoder, word_pattern
 
+_FORMAT: Any = sentencepiece_model_pb2
+"""Its classes are made as it is imported, and so nothing is known of them beforehand."""
 _SPACE_MARK = "\u2581"
 
 
@@ -46,7 +49,13 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{name}: the model lacks the control token {END_OF_TEXT} or the 256 byte pieces\n"
                 "use a tokenizer.model that gptscale trained (`gptscale prepare` without tokenizer.path trains one)"
             )
-        pattern = word_pattern(_learnt(processor)) if _merges_pairs(processor) else None
+        described = _FORMAT.ModelProto.FromString(model)
+        if described.normalizer_spec.precompiled_charsmap:
+            raise _refusal(name)
+        # The ids of a word do not depend on what is around it. Of the other kind, unigram, scores are added up over the
+        # whole text, and a tie might be decided by how a sum was rounded.
+        merges_pairs = described.trainer_spec.model_type == _FORMAT.TrainerSpec.BPE
+        pattern = word_pattern(_learnt(processor)) if merges_pairs else None
         self._encode_runs: Callable[[Sequence[str]], Sequence[npt.NDArray[Any]]] = (
             self._encode_whole if pattern is None else WordEncoder(pattern, self._encode_whole)
         )
@@ -55,10 +64,7 @@ class SentencePieceTokenizer(Tokenizer):
             [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()], dtype=np.uint32
         )
         if self.decode(self.encode(PROBE)) != PROBE:
-            raise UserError(
-                f"{name}: the model changes text (it normalises, adds or drops spaces)\n"
-                "train with normalization_rule_name=identity, add_dummy_prefix=false, remove_extra_whitespaces=false"
-            )
+            raise _refusal(name)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         runs: list[str] = []
@@ -117,17 +123,11 @@ def _learnt(processor: Any) -> list[str]:
     ]
 
 
-def _merges_pairs(processor: Any) -> bool:
-    """Whether it is a BPE, whose ids of a word do not depend on what is around it: pieces are scored 0, -1, -2, …
-
-    The other kind, unigram, adds up scores over the whole text, and might decide a tie by how a sum was rounded.
-    """
-    scores = [
-        processor.get_score(token)
-        for token in range(processor.get_piece_size())
-        if not (processor.is_control(token) or processor.is_unknown(token) or processor.is_byte(token))
-    ]
-    return scores == [-float(rank) for rank in range(len(scores))]
+def _refusal(name: str) -> UserError:
+    return UserError(
+        f"{name}: the model changes text (it normalises, adds or drops spaces)\n"
+        "train with normalization_rule_name=identity, add_dummy_prefix=false, remove_extra_whitespaces=false"
+    )
 
 
 def _bytes_of_pieces(processor: Any) -> list[bytes]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from sys import getsizeof
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +18,20 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.uint32]
 
 _KEPT_BYTES = 64 << 20
-"""Of the words that are kept, roughly: then all are forgotten, and those that come again kept again."""
-_ENTRY_BYTES = 160
-"""What a word takes beside its characters: the objects of two short strings, and their place in the table."""
+"""Of the words that are kept: then all are forgotten, and those that come again kept again."""
+_ENTRY_BYTES = 104
+"""A word's place in the table, at worst."""
+_LONGEST = 64
+"""Characters of a word that is kept: longer ones do not come again."""
 
 _LETTER = r"[^\W\d_]"
 _NO_LETTER = r"[\d_!-/:-@\[-^`{-~\x00-\x1f\x7f]++|[^\w\x00-\x7f]++"
 """Nor a space."""
 _LETTERS_APART = re.compile(rf" *+(?:[a-zA-Z]++{_LETTER}*+|(?:{_NO_LETTER})++|{_LETTER}++)| +")
 """The spaces before, and letters or what are none: ASCII by itself, which is faster than by Unicode's classes."""
+_LINES_APART = re.compile(r" *[^ \n]*\n+| *[^ \n]+| +")
 _BEFORE_SPACES = re.compile(r" *[^ ]+| +")
-_PATTERNS = (_LETTERS_APART, _BEFORE_SPACES)
+_PATTERNS = (_LETTERS_APART, _LINES_APART, _BEFORE_SPACES)
 """Each cuts between two characters by these alone; the finest first."""
 
 
@@ -54,7 +58,14 @@ class WordEncoder:
         known = self._kept
         words = [self._find(text) for text in texts]
         new = list(set(chain.from_iterable(words)).difference(known))
+        passing: dict[str, bytes] = {}
         if new:
-            known.update(zip(new, (ids.tobytes() for ids in self._encode(new)), strict=True))
-            self._kept_bytes += sum(map(len, new)) + _ENTRY_BYTES * len(new)
-        return [np.frombuffer(b"".join(map(known.__getitem__, some)), dtype=np.uint32) for some in words]
+            for word, ids in zip(new, self._encode(new), strict=True):
+                if len(word) > _LONGEST:
+                    passing[word] = ids.tobytes()
+                else:
+                    known[word] = of_word = ids.tobytes()
+                    self._kept_bytes += getsizeof(word) + getsizeof(of_word) + _ENTRY_BYTES
+        # A word has ids, so that what is found is true.
+        look = (lambda word: known.get(word) or passing[word]) if passing else known.__getitem__
+        return [np.frombuffer(b"".join(map(look, some)), dtype=np.uint32) for some in words]

@@ -29,6 +29,8 @@ class Shortage:
     """What could not be allocated, where it is known."""
     unused_bytes: int = 0
     """Reserved by the GPU's allocator, in pieces too small for what was asked."""
+    on_gpu: bool = False
+    """Then the host has memory of its own."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def advice(settings: TrainRoot, shortage: Shortage) -> list[Fix]:
         _loss_chunk(settings, shortage),
         _sequence(settings, shortage),
     ]
-    state = [_zero_stage(settings, shortage), _ranks(settings, shortage)]
+    state = [_zero_stage(settings, shortage), _ranks(settings, shortage), _offload(settings, shortage)]
     if shortage.moment in ("start", "save"):
         wanted = state
     elif shortage.rest_bytes >= shortage.state_bytes:
@@ -84,7 +86,8 @@ def _checkpointing(settings: TrainRoot, shortage: Shortage) -> Fix | None:
         return Fix("parallel.checkpoint_interval=1", "computes every layer again; same results")
     return Fix(
         "parallel.activation_checkpointing=full",
-        f"keeps the input of each of the {settings.model.layers} layers and computes the rest again; same results",
+        f"keeps the input of each of the {settings.model.layers} layers and computes the rest again; same results "
+        "(selective keeps more and computes less again)",
     )
 
 
@@ -133,6 +136,17 @@ def _ranks(settings: TrainRoot, shortage: Shortage) -> Fix | None:
     more = "parallel=zero3 " if plain or settings.parallel.zero_stage == 0 else ""
     cut = f" train.micro_batch={share}" if settings.train.micro_batch > share else ""
     return Fix(f"{more}launch.ranks={ranks}{cut}", "each holds a smaller part of what is shared")
+
+
+def _offload(settings: TrainRoot, shortage: Shortage) -> Fix | None:
+    if not shortage.on_gpu or settings.parallel.offload != "none":
+        return None
+    there = replace(settings, parallel=replace(settings.parallel, offload="cpu"))
+    try:
+        check(there, shortage.ranks)
+    except UserError:
+        return None
+    return Fix("parallel.offload=cpu", "keeps fp32 weights and optimizer state in the host's memory; slower")
 
 
 def _fragments(shortage: Shortage) -> Fix | None:

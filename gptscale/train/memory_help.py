@@ -99,6 +99,7 @@ class MemoryHelp:
                 rest_bytes=max(0, holders.total_bytes - holders.state_bytes),
                 asked_bytes=asked,
                 unused_bytes=holders.unused_bytes,
+                on_gpu=self._ranks.device.type == "cuda",
             )
             fixes = advice(self._settings, shortage)
             page.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from gptscale.checkpoint.trained import COMPUTE_TYPES
-from gptscale.config.names import source_names
+from gptscale.config.names import corpus_names
 from gptscale.config.schema import CorpusConfig, DataConfig, PrecisionConfig, TrainRoot
 from gptscale.config.stages import as_corpora, longest_sequence
 from gptscale.config.step_plan import step_plan
@@ -196,7 +196,7 @@ def open_heldout(
     if len(folders) == 1:
         taken = yield from by_source(folders[0].path, batches, cache)
     else:
-        taken = list(source_names(settings.data))
+        taken = list(corpus_names(settings.data))
         for corpus, name, share in zip(folders, taken, stream.shares, strict=True):
             yield HeldoutSet(batches(corpus.path, None), name, share)
     for chosen in settings.evaluation.sets:

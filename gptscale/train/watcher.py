@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import torch
 
 from gptscale.config.compose import Composed
-from gptscale.config.names import source_names
+from gptscale.config.names import corpus_names
 from gptscale.config.schema import PrecisionConfig, TrainRoot
 from gptscale.config.step_plan import run_steps, step_plan, tokens_per_step
 from gptscale.evaluate.heldout import Evaluation, HeldoutLoss
@@ -172,7 +172,7 @@ class Watcher:
         baseline = None
         if self._settings.evaluation.bigram and self._evaluation is not None:
             baseline = self._bigram()
-            names = source_names(self._settings.data)
+            names = corpus_names(self._settings.data)
             # In a mixture the bigram model is fitted to the first corpus.
             heldout = self._evaluation.by_name[names[0]] if names else self._evaluation.overall
             verdict = "below" if heldout.loss < baseline else "NOT below"

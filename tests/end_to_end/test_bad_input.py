@@ -22,6 +22,7 @@ GPTSCALE = str(Path(sys.executable).parent / "gptscale")
 
 TINY = ("experiment=tiny",)
 PP2 = ("parallel.pipeline=2", "launch.ranks=2")
+BY_TIME = ("parallel.pipeline_balance=time",)
 SP2 = ("parallel.sequence=2", "launch.ranks=2")
 CUT_NORMS = ("parallel.tensor=2", "launch.ranks=2", "parallel.shard_norms=true")
 RAW = "parallel.deepspeed.zero_optimization"
@@ -79,6 +80,9 @@ def refused(code: int, err: str, *words: str) -> None:
         ),
         (["train", "experiment=tiny", *PP2, "parallel=zero2"], ["parallel.zero_stage=2", "parallel.zero_stage=1"]),
         (["train", "experiment=tiny", *PP2, "parallel.pipeline_layers=[1,9]"], ["parallel.pipeline_layers=[1,9]"]),
+        (["train", "experiment=tiny", "parallel.pipeline_balance=time"], ["no effect", "parallel.pipeline=1"]),
+        (["train", "experiment=tiny", *PP2, *BY_TIME, "parallel.pipeline_layers=[1,1]"], ["no effect", "_layers"]),
+        (["train", "experiment=tiny", "parallel.checkpoint_interval=2"], ["checkpoint_interval=2", "=full"]),
         (["train", "experiment=tiny", *PP2, "parallel.sequence=2"], ["parallel.sequence=2", "parallel.pipeline=1"]),
         (["train", "experiment=tiny", *PP2, "optimizer=muon"], ["optimizer.name=muon", "parallel.pipeline=1"]),
         (["train", "experiment=tiny", *PP2, "train.noise_scale_every_steps=1"], ["noise_scale", "parallel.pipeline=1"]),
@@ -117,6 +121,8 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", "parallel=plain", "launch.ranks=2"], ["parallel.engine=plain"]),
         (["train", "experiment=tiny", "checkpoint.keep=1"], ["checkpoint.keep=1"]),
         (["train", "experiment=tiny", "optimizer.learning_rate=0"], ["optimizer.learning_rate"]),
+        (["train", "experiment=tiny", "optimizer.learning_rate=inf"], ["optimizer.learning_rate=inf", "finite"]),
+        (["train", "experiment=tiny", "optimizer.clip_norm=nan"], ["optimizer.clip_norm=nan", "finite"]),
         (["train", "experiment=tiny", "optimizer.beta2=1"], ["optimizer.beta2=1"]),
         (["train", "experiment=tiny", "parallel.timeout_s=-1"], ["parallel.timeout_s=-1"]),
         (["train", "experiment=tiny", "launch.threads=0"], ["launch.threads=0"]),
@@ -131,6 +137,12 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", "run.name="], ["run.name"]),
         (["train", "experiment=tiny", "run=mine"], ["run", "group"]),
         (["train", "experiment=tiny", "data.path=/nowhere"], ["/nowhere"]),
+        (["train", "data.path=[]", *TINY], ["data.path", "names no text"]),
+        (["train", "data.path=[{path: /a, weight: -1}, {path: /b}]", *TINY], ["data.path[0].weight=-1", "above 0"]),
+        (["train", "data.path=[{path: /a}, {path: /b, weight: nan}]", *TINY], ["data.path[1].weight=nan", "finite"]),
+        (["train", "data.sources=[{path: 's3://key:se/cret@b/x', format: jsonl}]", *TINY], ["data.sources=s3://…"]),
+        (["prepare", "target=x", "data.sources=[{path: 'https://me:secret@b/x'}]"], ["data.sources=https://…"]),
+        (["train", "data.stages=[{name: a, from_tokens: 9, path: []}]", *TINY], ["data.stages[0].path", "no text"]),
         (["train", "data.stages=[{name: a, from_tokens: 9, path: /nowhere}]", *TINY], ["/nowhere"]),
         (["train", "data.stages=[{name: a, from_tokens: 9, seqence_length: 9}]", *TINY], ["sequence_length"]),
         (["train", "data.stages=[{name: a, from_tokens: 9, sequence_length: 512}]", *TINY], ["positions=rope"]),
@@ -153,7 +165,9 @@ def test_settings(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = main(arguments)
-    refused(code, capsys.readouterr().err, *words)
+    said = capsys.readouterr().err
+    refused(code, said, *words)
+    assert "cret@" not in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -81,6 +81,7 @@ def test_mistakes_are_named_before_a_rank_starts(s3: S3, proxy: Proxy, tmp_path:
     for path, says in (
         ("s3://bucket/nothing", "s3://bucket/nothing/train/manifest.json is missing"),
         ("https://user:canary@host/corpus", "data.path=https://… holds a password"),
+        ("s3://key:can/ary@bucket/corpus", "data.path=s3://… holds a password"),
     ):
         arguments = [*small_run(Path("x"), tmp_path / "run"), f"data.path='{path}'", f"data.corpora_dir={tmp_path}"]
         with tree(GPTSCALE, "train", *arguments) as started:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gptscale.cli.main import main
-from gptscale.config.names import source_names
+from gptscale.config.names import corpus_names
 from gptscale.config.schema import CorpusConfig, DataConfig, GenerateConfig, SourceConfig, TokenizerConfig
 from tests.helpers import ranks
 from tests.helpers.syncs import counting
@@ -223,8 +223,8 @@ def test_a_step_says_where_its_time_goes(corpus: Path, tmp_path: Path, capsys: p
 def test_sources_have_names_of_their_own() -> None:
     folders = ("x/a", "x/a-3", "y/a", "z/a", "w/it's")
     mixture = DataConfig(path=tuple(CorpusConfig(path) for path in folders))
-    assert source_names(mixture) == ("a", "a-3", "a-2", "a-4", "it-s")
-    assert source_names(DataConfig(path="x/a")) == ()
+    assert corpus_names(mixture) == ("a", "a-3", "a-2", "a-4", "it-s")
+    assert corpus_names(DataConfig(path="x/a")) == ()
 
 
 def test_sets_that_cannot_be_are_refused(corpus: Path, second: Path, tmp_path: Path) -> None:

@@ -235,10 +235,10 @@ def run_cells(layout: Layout, micro_batch: int, cells: tuple[Cell, ...]) -> None
 
 def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[cell.compute]
-    with torch.device("meta") if by_parts(ranks, root.parallel) else nullcontext():  # as training does
+    with torch.device("meta") if by_parts(ranks, root.parallel, "gpt") else nullcontext():  # as training does
         model = GPT(root.model, VOCABULARY, LENGTH, compute)
     model.activation_checkpointing = "none" if root.parallel.engine == "plain" else cell.recompute
-    if not by_parts(ranks, root.parallel):
+    if not by_parts(ranks, root.parallel, "gpt"):
         initialise(model, cell.seed)
     if cell.compiled:
         torch._dynamo.reset()
@@ -285,7 +285,7 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         "written": sum(piece.values.numel() for piece in pieces if piece.writes and piece.kind == "weight"),
         "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind in FIRST_MOMENTS),
         "graphs": counters["stats"]["unique_graphs"] if cell.compiled else 0,
-        "weights_held": sum(getattr(p, "ds_tensor", p.data).numel() for p in model.parameters()),
+        "weights_held": sum(max(p.numel(), getattr(p, "ds_tensor", p).numel()) for p in model.parameters()),
         "blocks_held": sum(isinstance(block, Block) for block in model.blocks),
     }
     return recorded, facts

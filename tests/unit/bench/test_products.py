@@ -44,6 +44,20 @@ def test_a_replay_makes_the_same_products() -> None:
     assert again.calls == first.calls
 
 
+def test_a_replay_leaves_what_it_reads_as_it_is() -> None:
+    """A result written over an operand would be another number each time, in the end nought or infinite."""
+    a = torch.randn(8, 8)
+    with ProductRecorder() as recorder:
+        torch.mm(a, a, out=torch.empty(8, 8))
+        torch.empty(8, 8).addmm_(a, a)
+        torch.mm(a[:1].expand(8, 8), a)  # a row that is there once
+    torch.manual_seed(0)
+    step = replay(recorder.calls, torch.device("cpu"))
+    first = step([])
+    assert first != 0
+    assert [step([]) for _ in range(10)] == [first] * 10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_is_recorded_as_it_lies_in_memory(dtype: torch.dtype) -> None:
     a, b = torch.ones(6, 4, dtype=dtype), torch.ones(3, 6, dtype=dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -98,20 +97,14 @@ def test_without_boundary_loss_nothing_is_predicted_from_the_end_of_a_document(p
     assert differing > 5
 
 
-def test_cut_rows_are_what_they_were(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = stream_of(prepared)
-    rows = stream.rows(np.arange(16))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # which only a GPU's driver can do
-    for maker, dtype in (
-        (replace(stream.batches, pin=False), torch.int64),
-        (replace(stream.batches, pin=True), torch.uint16),  # a quarter of the bytes to the device
-    ):
-        (batch,) = maker.make(stream.read(np.arange(16)), LENGTH, [16])
-        assert batch.tokens_BT1.dtype == dtype
-        assert wide(batch).inputs_BT.dtype == wide(batch).targets_BT.dtype == torch.int64
-        assert np.array_equal(wide(batch).inputs_BT.numpy(), rows[:, :-1])
-        assert np.array_equal(wide(batch).targets_BT.numpy(), rows[:, 1:])
-        assert batch.loss_tokens == rows[:, 1:].size
+def test_cut_rows_are_what_they_were(prepared: Path) -> None:
+    (batch,) = stream_of(prepared).batches.make(stream_of(prepared).read(np.arange(16)), LENGTH, [16])
+    rows = stream_of(prepared).rows(np.arange(16))
+    assert batch.tokens_BT1.dtype == torch.uint16, "a quarter of the bytes to the device"
+    assert wide(batch).inputs_BT.dtype == wide(batch).targets_BT.dtype == torch.int64
+    assert np.array_equal(wide(batch).inputs_BT.numpy(), rows[:, :-1])
+    assert np.array_equal(wide(batch).targets_BT.numpy(), rows[:, 1:])
+    assert batch.loss_tokens == rows[:, 1:].size
 
 
 def test_packing_is_part_of_a_runs_data_identity(prepared: Path) -> None:

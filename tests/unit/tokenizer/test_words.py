@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from sys import getsizeof
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import train_tokenizer, words
 from gptscale.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from gptscale.tokenizer.words import WordEncoder, word_pattern
@@ -42,13 +45,17 @@ def other_model(**options: Any) -> bytes:
         model_writer=model,
         vocab_size=600,
         byte_fallback=True,
-        normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         bos_id=-1,
         eos_piece="<|endoftext|>",
         minloglevel=2,
-        **{"model_type": "bpe", "allow_whitespace_only_pieces": True, **options},
+        **{
+            "model_type": "bpe",
+            "allow_whitespace_only_pieces": True,
+            "normalization_rule_name": "identity",
+            **options,
+        },
     )
     return model.getvalue()
 
@@ -73,7 +80,7 @@ def test_it_is_cut_as_finely_as_the_pieces_allow(tmp_path: Path, pair: tuple[Sen
     assert pattern_of(ours) is words._LETTERS_APART
     # Of marks, which are no letters, Hindi has pieces that join them with letters.
     hindi, theirs = trained(tmp_path / "hindi.model", [*documents(50), HINDI])
-    assert pattern_of(hindi) is words._BEFORE_SPACES
+    assert pattern_of(hindi) is words._LINES_APART
     for text in (HINDI, CODE, *documents(3)):
         assert hindi.encode(text).tolist() == theirs.encode(text)
 
@@ -86,6 +93,16 @@ def test_a_vocabulary_that_does_not_allow_it_encodes_the_whole(options: dict[str
     ours = SentencePieceTokenizer(model, "model")
     assert pattern_of(ours) is None
     assert ours.encode(CODE).tolist() == sentencepiece.SentencePieceProcessor(model_proto=model).encode(CODE)
+
+
+def test_a_model_with_rules_of_its_own_is_refused() -> None:
+    """Though it changes nothing that every model is tried with."""
+    described = ModelProto.FromString(other_model())
+    usual = ModelProto.FromString(other_model(normalization_rule_name="nfkc"))
+    described.normalizer_spec.precompiled_charsmap = usual.normalizer_spec.precompiled_charsmap
+    assert described.normalizer_spec.precompiled_charsmap
+    with pytest.raises(UserError, match="the model changes text"):
+        SentencePieceTokenizer(described.SerializeToString(), "model")
 
 
 def pattern_of(tokenizer: SentencePieceTokenizer) -> Any:
@@ -122,12 +139,15 @@ def test_what_is_kept_is_bounded_and_changes_nothing(monkeypatch: pytest.MonkeyP
     generator, most = random.Random(0), 0
     for _ in range(200):
         texts = ["".join(generator.choices("abcdef ", k=500)) for _ in range(3)]
+        texts[0] += "ab" * generator.randrange(100) + " end"
         for text, ids in zip(texts, encoder(texts), strict=True):
             assert ids.dtype == np.uint32
             assert ids.tolist() == [ord(letter) for letter in text]
         most = max(most, encoder._kept_bytes)
-        assert encoder._kept_bytes == sum(map(len, encoder._kept)) + words._ENTRY_BYTES * len(encoder._kept)
-    assert 50_000 < most < 150_000
+        held = sum(getsizeof(word) + getsizeof(ids) + words._ENTRY_BYTES for word, ids in encoder._kept.items())
+        assert encoder._kept_bytes == held
+        assert max(map(len, encoder._kept)) <= words._LONGEST
+    assert 50_000 < most < 200_000
     before = len(asked)
-    encoder(texts)
+    encoder(texts[1:])
     assert len(asked) == before, "words that are known were asked for again"

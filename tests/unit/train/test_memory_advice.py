@@ -64,6 +64,15 @@ def test_what_cannot_help_is_not_named() -> None:
     ]
 
 
+def test_what_a_gpu_cannot_hold_goes_to_the_host() -> None:
+    there = {"state_bytes": 8 * GIB, "on_gpu": True}
+    assert tried(**there)[:3] == ["parallel.zero_stage=2", "launch.ranks=8", "parallel.offload=cpu"]
+    assert "parallel.offload=cpu" not in tried(state_bytes=8 * GIB), "a CPU has no other memory"
+    for other in ("parallel.offload=cpu", "parallel.engine=plain", "parallel=zero0", "optimizer.name=muon"):
+        ranks = 1 if other == "parallel.engine=plain" else 4
+        assert "parallel.offload=cpu" not in tried(other, ranks=ranks, **there), other
+
+
 def test_a_row_that_is_all_there_is_is_shared() -> None:
     assert "parallel.sequence=2 launch.ranks=8" in tried("train.micro_batch=1", FULL)
     assert "parallel.sequence=4 launch.ranks=8" in tried("train.micro_batch=1", FULL, "parallel.sequence=2")
