@@ -6,7 +6,8 @@
 
 Counted are `item()`, `float()`, `bool()` and `if` of a tensor, `tolist()`, `numpy()`, `cpu()`, and operations whose
 result has a shape that depends on values. Integers are not: those that a step reads lie on the host in any case
-(control words, bounds of documents), and what a device computes are floats and their comparisons. On a CUDA device
+(control words, bounds of documents), but for how many tokens experts on other ranks get, and what a device computes are
+floats and their comparisons. On a CUDA device
 `torch.cuda.set_sync_debug_mode("error")` says the same, and of the copies between host and device too.
 """
 

@@ -90,6 +90,8 @@ class Cell:
     expert_capacity: float = 0.0
     micro_batch: int | None = None
     """Sequences of a micro-batch: as many as this, or, where it is 0, all that a rank has. None: what the test says."""
+    smaller_steps: int = GLOBAL_BATCH
+    """Sequences of every other step, from the first on."""
 
 
 CELLS = (
@@ -101,6 +103,7 @@ CELLS = (
     Cell("muon", "gpt3", True, "fp32", poisoned=3, optimizer="muon"),
     Cell("documents", "gpt3", True, "fp32", documents=True, windows=True, recompute="selective"),
     Cell("extras", "modern", False, "fp32", documents=True, windows=True, extras=True),
+    Cell("growing", "gpt3", True, "fp32", smaller_steps=6),
 )
 BY_ONE, AT_ONCE = (
     Cell("by-one", "gpt3", True, "fp32", micro_batch=1),
@@ -252,13 +255,16 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
     recorded: dict[str, npt.NDArray[Any]] = {f"initial:{name}": x for name, x in gathered(engine, "weight").items()}
     losses, norms, heldout = [], [], []
     for step in range(STEPS):
-        microbatches = batches(step, cell, split, ranks.at.data)
+        now = split if step % 2 else split.of(cell.smaller_steps)
+        microbatches = batches(step, cell, now, ranks.at.data)
         torch.manual_seed(1000 * step + ranks.at.pipeline * 100 + ranks.replicas.rank)
         if step == cell.poisoned:
             with poison(model):
                 result = engine.train_step(microbatches, cell.learning_rate)
         else:
             result = engine.train_step(microbatches, cell.learning_rate)
+        # Evaluation leaves what ZeRO-3 has just gathered, as it will be wanted again.
+        held = sum(max(p.numel(), getattr(p, "ds_tensor", p).numel()) for p in model.parameters())
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
         if step == 0:  # the first moment after one step is the clipped gradient, times 1 − β1 or 1 − momentum
@@ -285,7 +291,7 @@ def _train(cell: Cell, root: TrainRoot, ranks: Ranks) -> tuple[dict[str, npt.NDA
         "written": sum(piece.values.numel() for piece in pieces if piece.writes and piece.kind == "weight"),
         "moments_held": sum(piece.values.numel() for piece in pieces if piece.kind in FIRST_MOMENTS),
         "graphs": counters["stats"]["unique_graphs"] if cell.compiled else 0,
-        "weights_held": sum(max(p.numel(), getattr(p, "ds_tensor", p).numel()) for p in model.parameters()),
+        "weights_held": held,
         "blocks_held": sum(isinstance(block, Block) for block in model.blocks),
     }
     return recorded, facts

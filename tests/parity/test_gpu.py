@@ -41,6 +41,15 @@ def test_a_device_computes_what_a_cpu_does(
         assert np.isfinite(found["loss"]).sum() >= len(found["loss"]) - (cell.poisoned is not None)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_updated_on_the_host(stage: int, plain_on_cpu: dict[str, Recorded], tmp_path: Path) -> None:
+    cells = tuple(cell for cell in CELLS if cell.name in ("gpt3-tied", "skipped-step", "bf16"))
+    ranks.run(run_cells, [replace(layout_of(stage), offload="cpu"), 2, cells], 1, tmp_path)
+    for cell in cells:
+        found, _ = record(tmp_path, cell, 1)
+        assert worst(plain_on_cpu[cell.name], found)["loss"] <= tolerance(cell)
+
+
 @pytest.mark.parametrize("stage", [None, 3])
 def test_compiled_blocks(stage: int | None, plain_on_cpu: dict[str, Recorded], tmp_path: Path) -> None:
     cells = tuple(replace(cell, compiled=True) for cell in CELLS if cell.name in ("gpt3-tied", "documents", "bf16"))

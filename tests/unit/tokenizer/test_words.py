@@ -148,6 +148,7 @@ def test_what_is_kept_is_bounded_and_changes_nothing(monkeypatch: pytest.MonkeyP
         assert encoder._kept_bytes == held
         assert max(map(len, encoder._kept)) <= words._LONGEST
     assert 50_000 < most < 200_000
+    monkeypatch.setattr(words, "_KEPT_BYTES", 1 << 30)
     before = len(asked)
     encoder(texts[1:])
     assert len(asked) == before, "words that are known were asked for again"
