@@ -81,7 +81,7 @@ REFERENCES = CELLS + DEEP + EXPERTS
 ALL = (*REFERENCES, BY_ONE, AT_ONCE)
 
 
-FEW = ("bf16", "gpt3-tied", "skipped-step", "documents", "extras", "by-one", "at-once", "growing")
+FEW = ("bf16", "skipped-step", "documents", "extras", "growing")
 """On more ranks than there are cores: tied and not, dense, banded, with document masks and all else."""
 
 
@@ -96,7 +96,7 @@ def fits(cell: Cell, layout: Layout, size: int) -> bool:
         return False
     if size > 2 and cell.layers == 2 and cell.name not in FEW:
         return False
-    if size > 4 and cell.name not in ("gpt3-tied", "documents"):
+    if size > 4 and cell.name not in ("growing", "documents"):
         return False
     if layout.tensor * layout.pipeline > 1 and cell.optimizer == "muon":
         return False
