@@ -24,6 +24,7 @@ from gptscale.config.schema import (
     Checkpointing,
     DataConfig,
     DeepSpeedConfig,
+    DeepSpeedZeroConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -166,6 +167,15 @@ class Layout:
 
 
 PLAIN = Layout("plain")
+
+
+def zero(stage: int, **axes: Any) -> Layout:
+    """Stage 3 partitions every parameter here, and not the largest alone, and lets go of each after every use."""
+    small = DeepSpeedZeroConfig(
+        stage3_param_persistence_threshold=0, stage3_max_reuse_distance=1, stage3_prefetch_bucket_size=1
+    )
+    raw = DeepSpeedConfig(zero_optimization=small) if stage == 3 else DeepSpeedConfig()
+    return Layout("deepspeed", stage, raw=raw, **axes)
 
 
 def settings(cell: Cell, layout: Layout, micro_batch: int) -> TrainRoot:

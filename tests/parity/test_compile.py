@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ranks
-from tests.parity.cells import PLAIN, Cell, Layout, run_cells
+from tests.parity.cells import PLAIN, Cell, run_cells, zero
 from tests.parity.test_zero import (
     Recorded,
     assert_equal_in_fp32,
@@ -39,7 +39,7 @@ def eager(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recorded]:
 
 def test_a_compiled_layout_equals_the_eager_process(eager: dict[str, Recorded], tmp_path: Path) -> None:
     stage, size = 3, 2
-    ranks.run(run_cells, [Layout("deepspeed", stage), 2, COMPILED], size, tmp_path, COMPILING_S)
+    ranks.run(run_cells, [zero(stage), 2, COMPILED], size, tmp_path, COMPILING_S)
     for cell in COMPILED:
         found, facts = record(tmp_path, cell, size)
         assert [fact["graphs"] for fact in facts] == [GRAPHS] * size

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gptscale.config.rules import check
-from gptscale.config.schema import DeepSpeedConfig, DeepSpeedZeroConfig, ModelConfig, ParallelConfig
+from gptscale.config.schema import ModelConfig, ParallelConfig
 from gptscale.model.gpt import GPT
 from gptscale.model.init import initialise
 from gptscale.parallel.engine import build_engine
@@ -37,6 +37,7 @@ from tests.parity.cells import (
     join,
     run_cells,
     settings,
+    zero,
 )
 from tests.parity.test_zero import Recorded, assert_equal_in_fp32, initial_weights_are_equal, record, worst
 
@@ -46,15 +47,6 @@ class Case:
     name: str
     layout: Layout
     size: int
-
-
-def zero(stage: int, **axes: Any) -> Layout:
-    """Stage 3 partitions every parameter here, and not the largest alone, and lets go of each after every use."""
-    small = DeepSpeedZeroConfig(
-        stage3_param_persistence_threshold=0, stage3_max_reuse_distance=1, stage3_prefetch_bucket_size=1
-    )
-    raw = DeepSpeedConfig(zero_optimization=small) if stage == 3 else DeepSpeedConfig()
-    return Layout("deepspeed", stage, raw=raw, **axes)
 
 
 CASES = (
