@@ -232,15 +232,8 @@ def _check_with_experts(settings: TrainRoot) -> None:
 
 def _check_shard_norms(settings: TrainRoot) -> None:
     parallel = settings.parallel
-    for key, value, needed in (
-        ("parallel.sequence", parallel.sequence, 1),
-        ("model.dropout", settings.model.dropout, 0),
-    ):
-        if value != needed:
-            raise UserError(
-                f"parallel.shard_norms=true does not go with {key}={value}\n"
-                f"use {key}={needed}, or parallel.shard_norms=false"
-            )
+    needs = ("parallel.sequence", parallel.sequence, 1), ("model.dropout", settings.model.dropout, 0)
+    _goes_with("parallel.shard_norms=true", "parallel.shard_norms=false", *needs)
     if parallel.tensor == 1:
         raise UserError(
             "parallel.shard_norms=true has no effect with parallel.tensor=1\nset parallel.tensor, or leave it out"
@@ -272,9 +265,12 @@ def _check_cut(settings: TrainRoot, axis: str) -> None:
 
 def _needs_own_block(settings: TrainRoot, setting: str, otherwise: str) -> None:
     """For what takes a block apart: our own, not fused by a compiler."""
-    for key, value, needed in (
-        ("model.block", settings.model.block, "gpt"),
-        ("train.compile", settings.train.compile, "none"),
-    ):
+    needs = ("model.block", settings.model.block, "gpt"), ("train.compile", settings.train.compile, "none")
+    _goes_with(setting, otherwise, *needs)
+
+
+def _goes_with(setting: str, otherwise: str, *needs: tuple[str, object, object]) -> None:
+    """Each of `needs` is a key, its value, and the only one that `setting` goes with."""
+    for key, value, needed in needs:
         if value != needed:
             raise UserError(f"{setting} does not go with {key}={value}\nuse {key}={needed}, or {otherwise}")

@@ -30,28 +30,14 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 from torch import Tensor
 
 from gptscale.parallel.flat_norms import add_up, clip, counted, sum_of_squares
-from gptscale.parallel.gradients import release_kernel, steps_in_kernel, take_gradients
+from gptscale.parallel.flat_optimizer import FlatOptimizer
+from gptscale.parallel.gradients import steps_in_kernel, take_gradients
 from gptscale.parallel.offload import Host, move_to_host
 from gptscale.parallel.optimizer_state import kinds_of
-from gptscale.parallel.ranks import Group
 
 
-class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
+class FlatZeroOptimizer(FlatOptimizer, DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
     """Stages 1 and 2 over one flat buffer a group."""
-
-    offloaded = False
-
-    shares = 1
-    """Ranks over which gradients are averaged that ought to be summed: set by the engine, for fp16."""
-    peers: Group | None = None
-    """Ranks that hold other slices of the model: set by the engine, where there are any."""
-    not_first: frozenset[int] = frozenset()
-    """Parameters, by `id`, that one of the peers counts for all of them: set by the engine."""
-
-    @property
-    def loss_scale(self) -> float:
-        """What averaged gradients have to be divided by."""
-        return float(self.loss_scaler.cur_scale) / self.shares
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._stepping = False
@@ -133,13 +119,6 @@ class FlatZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSp
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
         clip(self.optimizer, grad_groups_flat, total_norm, self.clip_grad, self.loss_scale)
-
-    def _optimizer_step(self, group_no: int) -> None:
-        super()._optimizer_step(group_no)
-        release_kernel(self.optimizer)
-
-    def _update_scale(self, has_overflow: bool = False) -> None:
-        """Left to the engine, which asks a step later."""
 
     def step(self, closure: Any = None) -> None:
         self._stepping = True

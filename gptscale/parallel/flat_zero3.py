@@ -13,38 +13,25 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from gptscale.parallel.flat_norms import add_up, clip, counted, masked_norm, sum_of_squares
-from gptscale.parallel.gradients import release_kernel, steps_in_kernel
+from gptscale.parallel.flat_optimizer import FlatOptimizer
+from gptscale.parallel.gradients import steps_in_kernel
 from gptscale.parallel.offload import Host, move_to_host
 from gptscale.parallel.optimizer_state import kinds_of
-from gptscale.parallel.ranks import Group
 from gptscale.parallel.slices import make
 
 
-class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # DeepSpeed has no types
+class FlatZero3Optimizer(FlatOptimizer, DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # DeepSpeed has no types
     """Stage 3 with norms in fp32, the clipping in the kernel, and without the flatten before the step.
 
     On one rank there is nothing to gather or to release: parameters stay views of the masters, and the hooks around
     every module, which would find that out anew each time, are taken off.
     """
 
-    shares = 1
-    """Ranks over which gradients are averaged that ought to be summed: set by the engine, for fp16."""
-    peers: Group | None = None
-    """Ranks that hold other slices of the model: set by the engine, where there are any."""
-    not_first: frozenset[int] = frozenset()
-    """Parameters, by `id`, that one of the peers counts for all of them: set by the engine."""
-
-    @property
-    def loss_scale(self) -> float:
-        """What averaged gradients have to be divided by."""
-        return float(self.loss_scaler.cur_scale) / self.shares
-
     def __init__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         self._alone = dist.get_world_size(group=kwargs["dp_process_group"]) == 1
         super().__init__(module, *args, **kwargs)
         assert self.reduce_and_partition_stream in (None, get_accelerator().default_stream())
         assert not self.offload_optimizer
-        self.offloaded = False
         if self._alone:
             parameters: list[Any] = list(module.parameters())
             parameters[0].all_gather(parameters)
@@ -123,13 +110,6 @@ class FlatZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
         gradients = [self.fp32_partitioned_groups_flat[sub_group_id].grad]
         clip(self.optimizer, gradients, total_norm, self.clip_grad, self.loss_scale)
-
-    def _optimizer_step(self, sub_group_id: int) -> None:
-        super()._optimizer_step(sub_group_id)
-        release_kernel(self.optimizer)
-
-    def _update_scale(self, has_overflow: bool = False) -> None:
-        """Left to the engine, which asks a step later."""
 
     def step(self, closure: Any = None) -> None:
         if not steps_in_kernel(self.optimizer):

@@ -113,6 +113,8 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", f"{RAW}.sub_group_size=9", "parallel=zero2"], ["sub_group_size", "zero_stage=3"]),
         (["train", "experiment=tiny", "parallel.deepspeed.gradient_clipping=1"], ["parallel.deepspeed.gradient_clip"]),
         (["train", "experiment=tiny", "parallel=plain", "parallel.deepspeed.dump_state=true"], ["parallel.deepspeed"]),
+        (["train", "experiment=tiny", *PP2, "parallel.deepspeed.flops_profiler.enabled=true"], ["flops_profiler"]),
+        (["train", "experiment=tiny", *PP2, "parallel.deepspeed.wall_clock_breakdown=true"], ["steps_per_print=10"]),
         (["train", "experiment=tiny", "parallel.shard_norms=true"], ["shard_norms=true", "parallel.tensor"]),
         (["train", "experiment=tiny", *CUT_NORMS, "model.dropout=0.1"], ["shard_norms=true", "model.dropout=0"]),
         (["train", "experiment=tiny", *CUT_NORMS, "data.sequence_length=63"], ["parallel.tensor=2", "length=63"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,12 +11,12 @@ import pytest
 import torch.distributed as dist
 
 from gptscale.bench.compare_layouts import check_sent
-from gptscale.bench.contender import Contender
+from gptscale.bench.contender import Contender, one_step
 from gptscale.bench.group import BenchError
 from gptscale.bench.layouts import build_layouts, expected
 from gptscale.bench.workload import build_workload
 from gptscale.config.compose import compose
-from gptscale.config.schema import BenchLayoutsRoot
+from gptscale.config.schema import BenchLayoutsRoot, BenchRoot
 from gptscale.parallel.ranks import Ranks
 from gptscale.plan.collectives import Payload
 from tests.helpers import ranks
@@ -71,14 +71,20 @@ CASES = (
     Case("pipeline2", 2, (*BF16, "parallel.pipeline_layers=[3,1]")),
     Case("pipeline2-tensor2", 4, tuple(AGAIN)),
     Case("pipeline4", 4),
+    Case("pipeline2", 6, ("train.global_batch=12",)),
     Case("tensor2-sequence2", 4, ("parallel.activation_checkpointing=selective",)),
 )
 
 
 def contender(case: Case) -> Contender:
-    overrides = [*SMALL, *case.settings, f"bench.ranks={case.size}", f"bench.contenders=[{case.name}]"]
+    overrides = [*SMALL, *case.settings, f"bench.ranks={min(case.size, 4)}", f"bench.contenders=[{case.name}]"]
     found, _ = build_layouts(compose("bench_layouts", BenchLayoutsRoot, overrides).settings)
-    return next(one for one in found if one.name == case.name)
+    chosen = next(one for one in found if one.name == case.name)
+    if case.size <= 4:
+        return chosen
+    settings = chosen.settings
+    assert isinstance(settings, BenchRoot)
+    return one_step(case.name, chosen.kind, replace(settings, bench=replace(settings.bench, ranks=case.size)))
 
 
 def count(case: Case) -> None:
