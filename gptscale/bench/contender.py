@@ -50,7 +50,12 @@ _PEERS = {
     "hf-gpt2-eager": "the same with attn_implementation=eager",
     "hf-llama": "transformers' LlamaForCausalLM, attn_implementation=sdpa, fused AdamW",
     "hf-llama-eager": "the same with attn_implementation=eager",
+    "nanogpt-compile": "nanogpt-fused, its model by torch.compile",
+    "hf-gpt2-compile": "hf-gpt2, its model by torch.compile",
+    "hf-llama-compile": "hf-llama, its model by torch.compile",
 }
+_USUAL_PEERS = tuple(name for name in _PEERS if not name.endswith("-compile"))
+"""The others are measured on request: it takes a while to compile a whole model."""
 _OPTIONS = {
     "full-loss": "the bare loop with all logits at once",
     "attention-blocked": "the bare loop with train.attention_kernel=blocked",
@@ -143,7 +148,7 @@ def left_out(settings: BenchRoot) -> dict[str, str]:
     """Peers that take no part though nobody chose others, and why."""
     if settings.bench.contenders or settings.bench.ranks > 1:
         return {}
-    reasons = {name: peer_refusal(name, settings) for name in _PEERS}
+    reasons = {name: peer_refusal(name, settings) for name in _USUAL_PEERS}
     return {name: why for name, why in reasons.items() if why is not None}
 
 
@@ -189,7 +194,7 @@ def _known(ranks: int) -> dict[str, str]:
 def _default(settings: BenchRoot) -> list[str]:
     if settings.bench.ranks > 1:
         return list(_TOGETHER)
-    return [*_ALONE, *(name for name in _PEERS if peer_refusal(name, settings) is None), *_LEAST]
+    return [*_ALONE, *(name for name in _USUAL_PEERS if peer_refusal(name, settings) is None), *_LEAST]
 
 
 def check_measuring(settings: BenchRoot) -> None:

@@ -27,7 +27,7 @@ from gptscale.bench.readers.tokenisers import Encoded
 from gptscale.config.schema import BenchDataConfig, SourceConfig
 from gptscale.data.sources import find_parts, read_part
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import train_tokenizer
+from gptscale.tokenizer.train import train_tokenizer
 
 _END_OF_TEXT = 1
 _DOCUMENT_TOKENS = 1000

@@ -130,11 +130,14 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
     from gptscale.bench.peers import build_peer, canonical, prove_equal
 
     settings = contender.settings
-    name = contender.name.removesuffix("-eager").removesuffix("-fused")
+    name, compiled = contender.name.removesuffix("-compile"), contender.name.endswith("-compile")
+    name = name.removesuffix("-eager").removesuffix("-fused")
     attention = "eager" if contender.name.endswith("-eager") else "sdpa"
     prove_equal(name, settings.model, settings.tokenizer.vocab_size, attention)
     model, mean_loss = build_peer(name, build_model(settings, settings.tokenizer.vocab_size), attention)
     model.to(device).train()
+    if compiled:
+        model.compile()
     config = settings.optimizer
     # Hugging Face's Trainer takes the fused kernel (`adamw_torch_fused`); nanoGPT does on CUDA only.
     optimizer = torch.optim.AdamW(
@@ -162,7 +165,8 @@ def peer_step(contender: Contender, process: ProcessInfo, device: torch.device) 
         return float(total)
 
     fused = "fused " if optimizer.defaults["fused"] else ""
-    return f"{type(model).__name__}{'' if name == 'nanogpt' else f', {attention}'}, {fused}AdamW", step
+    built = f"{type(model).__name__}{'' if name == 'nanogpt' else f', {attention}'}{', compiled' * compiled}"
+    return f"{built}, {fused}AdamW", step
 
 
 def step_products(contender: Contender, process: ProcessInfo, device: torch.device) -> ProductRecorder:

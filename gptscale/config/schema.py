@@ -592,7 +592,8 @@ class BenchConfig:
     contenders: tuple[str, ...] = ()
     """Default: every engine for this many ranks; with one rank, other people's models of the same shape too, and the
     products of a step alone. By name there are ours with something changed as well: compile, full-loss,
-    attention-blocked, attention-sdpa, optimizer-NAME."""
+    attention-blocked, attention-sdpa, optimizer-NAME; and peers that are compiled: nanogpt-compile, hf-gpt2-compile,
+    hf-llama-compile."""
     output: str | None = None
     """A JSON file for the figures and every sample."""
 

@@ -93,6 +93,8 @@ def mixture_table(weights: tuple[float, ...], exact: bool = True) -> MixtureTabl
 
     One with a corpus that is never drawn is no mixture; its caller refuses it.
     """
+    if len(weights) == 1:
+        return _table(np.zeros(PERIOD, dtype=np.int64), 1)
     table = stride_table(weights)
     if exact and table.draws.all() and table.prefix_error >= MOST_ERROR:
         return quota_table(whole_slots(weights))

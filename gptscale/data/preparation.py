@@ -25,8 +25,9 @@ from gptscale.data.workers import tokenise_all
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
 from gptscale.runtime.hardware import usable_cores
-from gptscale.tokenizer import Tokenizer, train_tokenizer
+from gptscale.tokenizer import Tokenizer
 from gptscale.tokenizer.tokenizer import FILES
+from gptscale.tokenizer.train import train_tokenizer
 
 
 @dataclass(frozen=True)

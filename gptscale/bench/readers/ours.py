@@ -17,7 +17,6 @@ from gptscale.config.schema import CorpusConfig, DataConfig, SourceConfig, Token
 from gptscale.config.step_plan import StepPlan
 from gptscale.data.corpus import read_manifest
 from gptscale.data.order import FULL
-from gptscale.data.prepare import prepare as prepare_corpus
 from gptscale.data.shards import SPLITS
 from gptscale.data.stages import Mixture, StagedOrder, Track
 from gptscale.data.stream import TrainingStream, rank_positions
@@ -30,6 +29,8 @@ STEP_BATCHES = 16
 
 
 def build(work: Work) -> None:
+    from gptscale.data.prepare import prepare as prepare_corpus  # which a rank that reads has no use for
+
     shutil.rmtree(work.folder, ignore_errors=True)
     source = SourceConfig(path=work.ids, format="tokens", end_of_text=work.end_of_text)
     data = DataConfig(sources=(source,), workers=1, heldout_fraction=0.01)
@@ -38,6 +39,8 @@ def build(work: Work) -> None:
 
 def prepare(texts: list[str], tokenizer: str, target: str, workers: int) -> Encoded:
     """Prepare JSON lines as `gptscale prepare` does."""
+    from gptscale.data.prepare import prepare as prepare_corpus
+
     sources = tuple(SourceConfig(path=text, format="jsonl") for text in texts)
     began_s, began_cpu_s = time.perf_counter(), cpu_seconds()
     data = DataConfig(sources=sources, workers=workers, heldout_fraction=0.05)

@@ -116,6 +116,22 @@ def test_ours_attend_as_a_run_would_and_documents_are_masked(
         assert abs(losses_by_mask["true"] - losses_by_mask["false"]) > 1e-3
 
 
+def test_other_peoples_models_are_compiled_on_request(tmp_path: Path) -> None:
+    output = tmp_path / "step.json"
+    options = ["bench.contenders=[nanogpt-compile,hf-gpt2-compile]", "bench.rounds=1", f"bench.output={output}"]
+    with tree(*COMMAND, *options) as command:
+        code, _, progress = command.end(LIMIT_S)
+    assert code == 0, progress
+    figures = json.loads(output.read_text())
+    assert {name: row["built"] for name, row in figures["contenders"].items() if name != "bare"} == {
+        "nanogpt-compile": "NanoGPT, compiled, fused AdamW",
+        "hf-gpt2-compile": "GPT2LMHeadModel, sdpa, compiled, fused AdamW",
+    }
+    for name in figures["contenders"]:
+        losses = figures["samples"]["bare"]["losses"]
+        assert figures["samples"][name]["losses"] == pytest.approx(losses, abs=1e-4)
+
+
 def test_different_work_is_refused_and_two_ranks_are_not_and_a_death_ends_it(tmp_path: Path) -> None:
     output = tmp_path / "step.json"
     with tree(sys.executable, "-m", "tests.helpers.bench_in_turn", *TINY, f"bench.output={output}") as command:

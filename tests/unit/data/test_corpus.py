@@ -11,7 +11,7 @@ import pytest
 from gptscale.data.corpus import open_split
 from gptscale.data.shards import MANIFEST, Manifest, ShardWriter, file_xxh3_128, token_dtype
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import train_tokenizer
+from gptscale.tokenizer.train import train_tokenizer
 from tests.helpers.text import documents
 
 

@@ -23,7 +23,7 @@ from gptscale.data.prepare import Prepared, prepare
 from gptscale.data.shards import Removed
 from gptscale.data.tokenise import identity_hash, is_heldout
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import train_tokenizer
+from gptscale.tokenizer.train import train_tokenizer
 from tests.helpers.text import contents, documents, stored_documents
 
 FRACTION = 0.2

@@ -14,8 +14,9 @@ from gptscale.data.fim import FillInMiddle, fill_in_middle
 from gptscale.data.prepare import corpus_folder, prepare
 from gptscale.data.tokenise import identity_hash
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import Tokenizer, train_tokenizer
+from gptscale.tokenizer import Tokenizer
 from gptscale.tokenizer.special import FIM_TOKENS, SPECIAL_TOKENS
+from gptscale.tokenizer.train import train_tokenizer
 from tests.helpers.text import contents, documents, stored_documents, write_jsonl
 
 PREFIX, SUFFIX, MIDDLE = range(len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 3)

@@ -14,7 +14,8 @@ from gptscale.data.prepare import ProgressEvent, corpus_folder, ensure_prepared,
 from gptscale.data.shards import SPLITS
 from gptscale.data.tokenise import identity_hash, is_heldout
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import Tokenizer, train_tokenizer
+from gptscale.tokenizer import Tokenizer
+from gptscale.tokenizer.train import train_tokenizer
 from tests.helpers.text import contents, documents, stored_documents, write_jsonl
 
 SMALL = TokenizerConfig(vocab_size=500)

@@ -23,7 +23,7 @@ from gptscale.config.schema import DataConfig, FilterConfig, PrepareConfig, Sour
 from gptscale.data.corpus import open_split
 from gptscale.data.prepare import ProgressEvent, corpus_folder, ensure_prepared, prepare, prepare_task
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import train_tokenizer
+from gptscale.tokenizer.train import train_tokenizer
 from tests.helpers.text import contents, documents, write_jsonl
 
 ROOT = Path(__file__).parents[3]

@@ -20,7 +20,8 @@ from gptscale.data.prepare import prepare
 from gptscale.data.shards import SPLITS
 from gptscale.data.sources import find_parts, part, read_part
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import Tokenizer, train_tokenizer
+from gptscale.tokenizer import Tokenizer
+from gptscale.tokenizer.train import train_tokenizer
 from tests.helpers.text import documents, stored_documents, write_jsonl
 
 GPTSCALE = str(Path(sys.executable).parent / "gptscale")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import Tokenizer, train_tokenizer
+from gptscale.tokenizer import Tokenizer
 from gptscale.tokenizer.special import SPECIAL_TOKENS
+from gptscale.tokenizer.train import train_tokenizer
 from tests.helpers.text import documents
 
 CODE = "def main():\n\tif x  ==  1234:\r\n        return 'naïve café' # 中文\n" * 20
@@ -171,3 +174,10 @@ def test_models_that_change_text_are_refused(tmp_path: Path, flags: dict[str, ob
     (tmp_path / "foreign.model").write_bytes(model.getvalue())
     with pytest.raises(UserError, match=complaint):
         Tokenizer.load(tmp_path / "foreign.model")
+
+
+def test_who_reads_shards_imports_no_tokenizers_library() -> None:
+    libraries = "{'sentencepiece', 'google.protobuf', 'tokenizers'}"
+    code = f"import sys, gptscale.data.stream; print([*{libraries} & sys.modules.keys()])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

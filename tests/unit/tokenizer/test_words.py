@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from gptscale.runtime.errors import UserError
-from gptscale.tokenizer import train_tokenizer, words
+from gptscale.tokenizer import words
 from gptscale.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from gptscale.tokenizer.train import train_tokenizer
 from gptscale.tokenizer.words import WordEncoder, word_pattern
 from tests.helpers.text import documents
 
