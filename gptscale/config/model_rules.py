@@ -107,3 +107,10 @@ def _check_rope_scaling(model: ModelConfig) -> None:
             f"model.rope_scaling={model.rope_scaling} needs the length that the frequencies were trained with\n"
             "set model.rope_original_length, e.g. 4096"
         )
+    if model.rope_original_length is not None:
+        at_least("model.rope_original_length", model.rope_original_length, 1)
+    if model.rope_scaling == "yarn" and model.rope_theta <= 1:
+        raise UserError(
+            f"model.rope_theta={model.rope_theta}: by YaRN's rules the frequencies fall from pair to pair\n"
+            "use a base above 1, e.g. model.rope_theta=10000"
+        )

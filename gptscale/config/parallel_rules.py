@@ -40,11 +40,10 @@ def check_layout(settings: TrainRoot, world_size: int) -> None:
     if settings.model.experts:
         _check_with_experts(settings)
     at_least("parallel.checkpoint_interval", parallel.checkpoint_interval, 1)
-    if parallel.checkpoint_interval > 1 and parallel.activation_checkpointing != "full":
+    if parallel.checkpoint_interval > 1 and parallel.activation_checkpointing == "none":
         raise UserError(
             f"parallel.checkpoint_interval={parallel.checkpoint_interval} has no effect with "
-            f"parallel.activation_checkpointing={parallel.activation_checkpointing}\n"
-            "use parallel.activation_checkpointing=full, or leave it out"
+            "parallel.activation_checkpointing=none\nuse parallel.activation_checkpointing=full, or leave it out"
         )
     if parallel.activation_checkpointing == "selective":
         name = "parallel.activation_checkpointing"

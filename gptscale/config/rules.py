@@ -68,6 +68,12 @@ def _check_ranges(settings: TrainRoot) -> None:
     at_least("guard.max_skipped_steps", settings.guard.max_skipped_steps, 1)
     at_least("logging.print_every_steps", settings.logging.print_every_steps, 1)
     at_least("schedule.warmup_tokens", settings.schedule.warmup_tokens, 0)
+    decay_tokens, warmup_tokens = settings.schedule.decay_tokens, settings.schedule.warmup_tokens
+    if decay_tokens is not None and decay_tokens <= warmup_tokens:
+        raise UserError(
+            f"schedule.decay_tokens={decay_tokens} lies within the warm-up of {warmup_tokens} tokens\n"
+            "set schedule.decay_tokens above that, or a smaller schedule.warmup_tokens"
+        )
     for name in ("final_ratio", "cooldown_ratio"):
         ratio = getattr(settings.schedule, name)
         if not 0 <= ratio <= 1:

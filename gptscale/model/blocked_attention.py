@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_BLOCK = 128
-"""Queries of a block."""
+QUERY_BLOCK, LARGE_QUERY_BLOCK = 128, 256
+"""Queries of a block. The large one in half precision on a CPU, whose matrix units like that, but not where there are
+bounds or dropout: then smaller blocks have less to compute."""
 
 
 def blocked_attention(
@@ -60,27 +62,31 @@ class _BlockedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q_BTHW, k_BTHW, v_BTHW)
         ctx.settings = (dropout, seed, window, starts_BT)
-        y_BTHW = torch.empty_like(q_BTHW, memory_format=torch.contiguous_format)
+        # Torch's own forward takes half as long there, and its backward longer.
+        if _half_on_host(q_BTHW) and _is_plain(*ctx.settings):
+            q_BHTW, k_BHTW, v_BHTW = (tensor.transpose(1, 2) for tensor in (q_BTHW, k_BTHW, v_BTHW))
+            y_BHTW = F.scaled_dot_product_attention(q_BHTW, k_BHTW, v_BHTW, is_causal=True)
+            return y_BHTW.transpose(1, 2).contiguous()
         blocks = _Blocks(q_BTHW, *ctx.settings)
+        q_BTHW, k_BTHW, v_BTHW = _by_heads(q_BTHW, k_BTHW, v_BTHW)
+        y_BTHW = torch.empty_like(q_BTHW)
         for b in range(len(q_BTHW)):
             q_HTW, k_HTW, v_HTW, y_HTW = _heads_first(b, q_BTHW, k_BTHW, v_BTHW, y_BTHW)
             for block in blocks.of_row(b):
                 p_HQS, kept_HQS = blocks.probabilities(q_HTW, k_HTW, block)
                 used_HQS = p_HQS if kept_HQS is None else p_HQS.mul_(kept_HQS)
                 torch.bmm(used_HQS, v_HTW[:, block.keys], out=y_HTW[:, block.queries])
-        return y_BTHW
+        return y_BTHW.contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad_y_BTHW,) = grads
         saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
-        q_BTHW, k_BTHW, v_BTHW = saved
-        blocks = _Blocks(q_BTHW, *ctx.settings)
+        blocks = _Blocks(saved[0], *ctx.settings)
+        q_BTHW, k_BTHW, v_BTHW, grad_y_BTHW = _by_heads(*saved, grad_y_BTHW)
         # Without a lower bound the first block sees every key: it writes their gradients, the others add to them.
         make = torch.zeros_like if blocks.bounded else torch.empty_like
-        grad_q_BTHW = torch.empty_like(q_BTHW, memory_format=torch.contiguous_format)
-        grad_k_BTHW = make(k_BTHW, memory_format=torch.contiguous_format)
-        grad_v_BTHW = make(v_BTHW, memory_format=torch.contiguous_format)
+        grad_q_BTHW, grad_k_BTHW, grad_v_BTHW = torch.empty_like(q_BTHW), make(k_BTHW), make(v_BTHW)
         for b in range(len(q_BTHW)):
             q_HTW, k_HTW, v_HTW, grad_y_HTW = _heads_first(b, q_BTHW, k_BTHW, v_BTHW, grad_y_BTHW)
             grad_q_HTW, grad_k_HTW, grad_v_HTW = _heads_first(b, grad_q_BTHW, grad_k_BTHW, grad_v_BTHW)
@@ -99,7 +105,7 @@ class _BlockedAttention(torch.autograd.Function):
                 torch.baddbmm(grad_q_HQW, grad_s_HQS, k_HSW, beta=0, alpha=blocks.scale, out=grad_q_HQW)
                 grad_s_HSQ = grad_s_HQS.transpose(1, 2)
                 torch.baddbmm(grad_k_HSW, grad_s_HSQ, q_HQW, beta=beta, alpha=blocks.scale, out=grad_k_HSW)
-        return grad_q_BTHW, grad_k_BTHW, grad_v_BTHW, None, None, None, None
+        return grad_q_BTHW.contiguous(), grad_k_BTHW.contiguous(), grad_v_BTHW.contiguous(), None, None, None, None
 
 
 class _Block(NamedTuple):
@@ -124,7 +130,8 @@ class _Blocks:
 
     def __init__(self, q_BTHW: Tensor, dropout: float, seed: int, window: int | None, starts_BT: Tensor | None) -> None:
         _, tokens, self.heads, width = q_BTHW.shape
-        size = min(QUERY_BLOCK, tokens)
+        large = _half_on_host(q_BTHW) and _is_plain(dropout, seed, window, starts_BT)
+        size = min(LARGE_QUERY_BLOCK if large else QUERY_BLOCK, tokens)
         self.ranges = [(start, min(start + size, tokens)) for start in reversed(range(0, tokens, size))]
         self.scale = width**-0.5
         self.future_QQ = q_BTHW.new_full((size, size), -torch.inf).triu_(1)
@@ -174,6 +181,24 @@ class _Blocks:
             return p_HQS, None
         kept_HQS = torch.empty_like(p_HQS).bernoulli_(self.keep, generator=self.generator)
         return p_HQS, kept_HQS.div_(self.keep)
+
+
+def _half_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype.itemsize == 2
+
+
+def _is_plain(dropout: float, seed: int, window: int | None, starts_BT: Tensor | None) -> bool:
+    return not dropout and window is None and starts_BT is None
+
+
+def _by_heads(*tensors_BTHW: Tensor) -> list[Tensor]:
+    """As [B, T, H, W], but each head's tokens one after the other in memory where products want that.
+
+    A CPU's half-precision products take up to twice as long of rows that lie apart; its fp32 ones do not mind.
+    """
+    if not _half_on_host(tensors_BTHW[0]):
+        return list(tensors_BTHW)
+    return [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors_BTHW]
 
 
 def _heads_first(b: int, *tensors_BTHW: Tensor) -> list[Tensor]:

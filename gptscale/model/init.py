@@ -29,12 +29,12 @@ def initialise(model: GPT, seed: int) -> None:
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """fp32 CPU tensor of a whole parameter, by canonical name: slice it to fill a shard.
 
-    Normal(0, init_std), projections into the residual stream scaled by 1/√(2·layers) (GPT-2, section 2.3); norms 1;
-    biases 0.
+    Biases 0; other vectors, which scale, 1: norms, those of queries and keys too. All else Normal(0, init_std),
+    projections into the residual stream scaled by 1/√(2·layers) (GPT-2, section 2.3).
     """
     if name.endswith(".bias"):
         return torch.zeros(*shape)
-    if name.endswith("norm.weight"):  # those of queries and keys too
+    if len(shape) == 1:
         return torch.ones(*shape)
     std = config.init_std
     if name.endswith(RESIDUAL_PROJECTIONS):

@@ -11,7 +11,7 @@ from gptscale.config.schema import TrainRoot
 from gptscale.flow import Batch, Piece, StepResult
 from gptscale.model.gpt import GPT
 from gptscale.parallel.gradients import steps_in_kernel
-from gptscale.parallel.optimizer_state import KnowsParameters
+from gptscale.parallel.optimizer_state import KnowsParameters, names_its_state
 from gptscale.parallel.ranks import Ranks
 from gptscale.plan.stages import Cut
 from gptscale.runtime.errors import UserError
@@ -67,6 +67,11 @@ class Engine(Protocol):
 def check_optimizer(optimizer: torch.optim.Optimizer, settings: TrainRoot, ranks: Ranks) -> None:
     """Raises UserError where an optimizer wants what a rank does not have."""
     name = settings.optimizer.name
+    if not names_its_state(optimizer):
+        raise UserError(
+            f"optimizer.name={name} does not say what it keeps of a parameter, so that a resumed run would lose it\n"
+            "give each of its parameter groups state_kinds, e.g. ('momentum_buffer',), or () where it keeps nothing"
+        )
     if settings.parallel.offload != "none" and not steps_in_kernel(optimizer):
         raise UserError(
             f"optimizer.name={name} has no fused kernel for the host, which has to clip and to skip\n"

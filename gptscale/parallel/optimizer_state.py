@@ -46,6 +46,12 @@ def kinds_of(group: Mapping[str, Any]) -> tuple[StateKind, ...]:
     return tuple(group.get("state_kinds", ADAM_KINDS))
 
 
+def names_its_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is known what it keeps: by its groups, or because it is Adam or of Adam's kin."""
+    ours = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | KnowsParameters)
+    return ours or all("state_kinds" in group for group in optimizer.param_groups)
+
+
 def kinds_by_parameter(optimizer: torch.optim.Optimizer) -> dict[int, tuple[StateKind, ...]]:
     """The same for every tensor that it steps, by `id`."""
     return {id(tensor): kinds_of(group) for group in optimizer.param_groups for tensor in group["params"]}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gptscale import __version__
-from gptscale.config.schema import TrainRoot
+from gptscale.config.schema import PrecisionConfig, TrainRoot
 from gptscale.config.step_plan import run_steps, step_plan
 from gptscale.parallel.ranks import Ranks
 from gptscale.report.data_card import data_cards
@@ -59,7 +59,7 @@ def gather_facts(
         name=str(settings.run.name),
         parameters=parameters,
         total_steps=run_steps(settings),
-        precision=settings.precision.compute,
+        precision=products(settings.precision),
         flops_per_token=flops_per_token,
         flops_formula=NO_FORMULA if flops_per_token is None else FORMULA,
         peak_flops=peak_flops,
@@ -85,8 +85,13 @@ def stage_facts(settings: TrainRoot, corpora: Corpora) -> Iterator[StageFacts]:
 def layout_name(settings: TrainRoot) -> str:
     parallel = settings.parallel
     stage = "plain" if parallel.engine == "plain" else f"ZeRO-{parallel.zero_stage}"
-    axes = {axis: getattr(parallel, axis) for axis in ("pipeline", "tensor", "sequence")}
+    axes = {axis: getattr(parallel, axis) for axis in ("pipeline", "tensor", "sequence", "expert")}
     return ", ".join([stage, *(f"{axis} {size}" for axis, size in axes.items() if size > 1)])
+
+
+def products(precision: PrecisionConfig) -> str:
+    """By what name `hardware` knows the peak of matrix products in this precision."""
+    return "tf32" if precision.tf32 and precision.compute == "fp32" else precision.compute
 
 
 def versions() -> dict[str, str]:

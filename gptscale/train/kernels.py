@@ -106,9 +106,9 @@ def layer_cases(model: GPT, settings: TrainRoot, device: torch.device) -> dict[L
     }
 
 
-def kept(choice: Choice) -> dict[str, str]:
-    """What a checkpoint records."""
-    return {kind: chosen.kernel for kind, chosen in choice.items() if chosen.keep}
+def kept(choice: Choice, recorded: Mapping[str, str]) -> dict[str, str]:
+    """What a checkpoint records. Of what was `recorded`, a session by a named kernel forgets nothing."""
+    return {**recorded, **{kind: chosen.kernel for kind, chosen in choice.items() if chosen.keep}}
 
 
 def described(choice: Choice) -> str:

@@ -176,7 +176,7 @@ def choose_attention(
             folder.write_kernels(as_json(choice, device_name(ranks.device)))
 
     all_or_none(ranks, write, f"writing {folder.path}")
-    return replace(progress, attention_kernels=kept(choice))
+    return replace(progress, attention_kernels=kept(choice, progress.attention_kernels))
 
 
 def run_to_end(session: Session, stop: StopRequest) -> None:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:  # names are checked before torch is imported
 Group = dict[str, object]
 
 BuildOptimizer = Callable[["nn.Module", OptimizerConfig], "torch.optim.Optimizer"]
-"""Model and settings → optimizer over every parameter, each once."""
+"""Model and settings → optimizer over every parameter, each once.
+
+A group's `state_kinds` names what the optimizer keeps of each of its parameters beside `step`: tensors of the
+parameter's shape that begin at zero. Checkpoints hold these. Adam and its kin need not say."""
 
 OPTIMIZERS: Registry[BuildOptimizer] = Registry("optimizer.name", "gptscale.optimizers")
 

@@ -57,11 +57,10 @@ def warmup_stable_decay(tokens: int, total_tokens: int, config: ScheduleConfig) 
     Warm-up, stable, decay: Hu et al., arXiv 2404.06395, section 4; the shape of the decay: Hägele et al., arXiv
     2405.18392, section 3. A run stopped before the decay can go on for any length.
     """
-    cooldown_tokens = config.cooldown_ratio * total_tokens
-    started = total_tokens - cooldown_tokens
+    started = max((1.0 - config.cooldown_ratio) * total_tokens, config.warmup_tokens)
     if tokens <= started:
         return 1.0
-    return _between(config.final_ratio, 1.0 - math.sqrt((tokens - started) / cooldown_tokens))
+    return _between(config.final_ratio, 1.0 - math.sqrt((tokens - started) / (total_tokens - started)))
 
 
 @SCHEDULES.register("inverse_sqrt")

@@ -12,7 +12,7 @@ import torch
 
 from gptscale.config.compose import Composed
 from gptscale.config.names import corpus_names
-from gptscale.config.schema import PrecisionConfig, TrainRoot
+from gptscale.config.schema import TrainRoot
 from gptscale.config.step_plan import run_steps, step_plan, tokens_per_step
 from gptscale.evaluate.heldout import Evaluation, HeldoutLoss
 from gptscale.evaluate.samples import Sample
@@ -20,7 +20,7 @@ from gptscale.model.count import flops_per_token
 from gptscale.parallel.ranks import Ranks
 from gptscale.report.facts import read_facts
 from gptscale.runtime.hardware import peak_flops
-from gptscale.train.facts import gather_facts, layout_name
+from gptscale.train.facts import gather_facts, layout_name, products
 from gptscale.train.metrics import MetricsFile, read_metrics
 from gptscale.train.noise import SCALE, SIGNAL, TRACE, NoiseWindow
 from gptscale.train.progress import Progress
@@ -246,11 +246,6 @@ def _heldout_values(prefix: str, loss: HeldoutLoss) -> dict[str, float]:
 
 def in_gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f} GiB"
-
-
-def products(precision: PrecisionConfig) -> str:
-    """By what name `hardware` knows the peak of matrix products in this precision."""
-    return "tf32" if precision.tf32 and precision.compute == "fp32" else precision.compute
 
 
 def device_name(device: torch.device) -> str:

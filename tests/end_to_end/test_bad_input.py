@@ -26,6 +26,8 @@ BY_TIME = ("parallel.pipeline_balance=time",)
 SP2 = ("parallel.sequence=2", "launch.ranks=2")
 CUT_NORMS = ("parallel.tensor=2", "launch.ranks=2", "parallel.shard_norms=true")
 RAW = "parallel.deepspeed.zero_optimization"
+YARN = ("model.positions=rope", "model.rope_scaling=yarn", "model.rope_factor=2")
+AT_64 = ("model.rope_original_length=64",)
 SELECTIVE = ("parallel.activation_checkpointing=selective",)
 EP2 = ["parallel.expert=2", "launch.ranks=2"]
 EXPERTS = ["model.experts=4", "model.bias=false"]
@@ -83,6 +85,15 @@ def refused(code: int, err: str, *words: str) -> None:
         (["train", "experiment=tiny", "parallel.pipeline_balance=time"], ["no effect", "parallel.pipeline=1"]),
         (["train", "experiment=tiny", *PP2, *BY_TIME, "parallel.pipeline_layers=[1,1]"], ["no effect", "_layers"]),
         (["train", "experiment=tiny", "parallel.checkpoint_interval=2"], ["checkpoint_interval=2", "=full"]),
+        (
+            ["train", "experiment=tiny", "schedule.decay_tokens=10", "schedule.warmup_tokens=10"],
+            ["decay_tokens=10", "warm-up"],
+        ),
+        (["train", "experiment=tiny", *YARN, "model.rope_original_length=0"], ["rope_original_length=0", "1"]),
+        (
+            ["train", "experiment=tiny", *YARN, "model.rope_original_length=64", "model.rope_theta=1"],
+            ["rope_theta=1", "above 1"],
+        ),
         (["train", "experiment=tiny", *PP2, "parallel.sequence=2"], ["parallel.sequence=2", "parallel.pipeline=1"]),
         (["train", "experiment=tiny", *PP2, "optimizer=muon"], ["optimizer.name=muon", "parallel.pipeline=1"]),
         (["train", "experiment=tiny", *PP2, "train.noise_scale_every_steps=1"], ["noise_scale", "parallel.pipeline=1"]),

@@ -55,6 +55,11 @@ def heavy_ball(model, config):
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.options["momentum"])
 
 
+@OPTIMIZERS.register("forgetful")
+def forgetful(model, config):
+    return torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=0.9)
+
+
 @SCHEDULES.register("stairs")
 def stairs(tokens, total_tokens, config):
     return 0.5 ** int(config.options["stairs"] * tokens / total_tokens)
@@ -114,3 +119,12 @@ def test_parts_of_ones_own_train_resume_and_generate(tmp_path: Path) -> None:
     completed = gptscale(tmp_path, "generate", *wanted, "plugins=[./mine.py]")
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.strip()
+
+
+def test_an_optimizer_that_does_not_say_what_it_keeps_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    refused = gptscale(tmp_path, "train", *SETTINGS, "train.steps=1", "launch.ranks=1", "optimizer.name=forgetful")
+    assert refused.returncode == 2
+    assert "optimizer.name=forgetful does not say what it keeps" in refused.stderr
+    assert "state_kinds" in refused.stderr
+    assert "Traceback" not in refused.stderr

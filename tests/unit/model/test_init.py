@@ -60,3 +60,10 @@ def test_the_loss_of_a_new_model_is_that_of_a_guess() -> None:
     initialise(model, 0)
     ids = torch.randint(0, 75, (8, 17))
     assert model(ids[:, :-1], ids[:, 1:]).item() / 128 == pytest.approx(math.log(75), rel=0.02)
+
+
+def test_a_vector_is_a_scale_or_a_bias_whatever_its_name() -> None:
+    """A block of one's own may call its norm as it likes."""
+    assert initial_value("blocks.0.ln_1.weight", (8,), GPT3, seed=0).tolist() == [1.0] * 8
+    assert initial_value("blocks.0.gamma", (8,), GPT3, seed=0).tolist() == [1.0] * 8
+    assert initial_value("blocks.0.ln_1.bias", (8,), GPT3, seed=0).tolist() == [0.0] * 8

@@ -52,7 +52,7 @@ def test_the_fastest_is_taken_for_each_kind_of_layer_and_kept(monkeypatch: pytes
     choice, model, calls = chosen(run(), {}, monkeypatch, {"sdpa": 2.0, "blocked": 1.0})
     assert calls == 1, "windows have one kernel on a CPU: nothing to time"
     assert used(model) == ["blocked", "blocked", "blocked"]
-    assert kept(choice) == {"full": "blocked"}
+    assert kept(choice, {}) == {"full": "blocked"}
     assert described(choice).startswith(
         "full attention by blocked (timed: sdpa 2000.00 ms, blocked 1000.00 ms); window"
     )
@@ -64,13 +64,20 @@ def test_the_fastest_is_taken_for_each_kind_of_layer_and_kept(monkeypatch: pytes
     }
     choice, model, _ = chosen(run(), {}, monkeypatch, {"sdpa": 1.1, "blocked": 1.0})
     assert used(model) == ["sdpa", "blocked", "sdpa"]
-    assert kept(choice) == {"full": "sdpa"}
+    assert kept(choice, {}) == {"full": "sdpa"}
 
 
 def test_a_recorded_choice_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     choice, model, _ = chosen(run(), {"full": "blocked"}, monkeypatch, None)
     assert used(model) == ["blocked", "blocked", "blocked"]
-    assert kept(choice) == {"full": "blocked"}
+    assert kept(choice, {}) == {"full": "blocked"}
+
+
+def test_a_session_by_a_named_kernel_forgets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = {"full": "blocked"}
+    named, model, _ = chosen(run(attention_kernel="sdpa"), recorded, monkeypatch, None)
+    assert used(model)[0] == "sdpa"
+    assert kept(named, recorded) == recorded
 
 
 def test_a_recorded_kernel_that_is_gone_is_timed_again_with_a_warning(
@@ -80,14 +87,14 @@ def test_a_recorded_kernel_that_is_gone_is_timed_again_with_a_warning(
     choice, model, calls = chosen(run(), {"full": "flash"}, monkeypatch, {"sdpa": 1.0, "blocked": 3.0})
     assert calls == 1
     assert used(model)[0] == "sdpa"
-    assert kept(choice) == {"full": "sdpa"}
+    assert kept(choice, {}) == {"full": "sdpa"}
     assert "full attention was by flash, which cannot be used here" in caplog.text
 
 
 def test_nothing_is_timed_where_the_settings_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
     choice, model, _ = chosen(run(attention_kernel="blocked"), {"full": "sdpa"}, monkeypatch, None)
     assert used(model) == ["blocked", "blocked", "blocked"]
-    assert kept(choice) == {}, "what the settings say is not what timing said"
+    assert kept(choice, {}) == {}, "what the settings say is not what timing said"
     deterministic = replace(run(), run=RunConfig(deterministic=True))
     choice, model, _ = chosen(deterministic, {}, monkeypatch, None)
     assert used(model) == ["sdpa", "blocked", "sdpa"]

@@ -60,26 +60,27 @@ def test_the_moment_is_told_from_the_traceback() -> None:
 def test_every_storage_is_counted_once_and_by_its_kind() -> None:
     device = torch.device("cpu")
     before = find_holders([], device)
-    flat = torch.zeros(3000)
-    first, second = torch.nn.Parameter(flat[:1000].view(10, 100)), torch.nn.Parameter(flat[1000:])
-    moments = torch.zeros(3000)
+    n = 1_000_000  # more than tests before this one leave behind
+    flat = torch.zeros(3 * n)
+    first, second = torch.nn.Parameter(flat[:n].view(100, -1)), torch.nn.Parameter(flat[n:])
+    moments = torch.zeros(3 * n)
     batch = torch.zeros(77, 11)
     with FakeTensorMode():
         traced = torch.zeros(10**12)
     functional = torch._to_functional_tensor(batch)  # both are left behind by `torch.compile`
-    first.grad = torch.zeros(10, 100)
+    first.grad = torch.zeros_like(first)
     pieces = [
-        Piece("a", "weight", (10, 100), 0, flat[:1000]),
-        Piece("b", "weight", (2000,), 0, flat[1000:]),
-        Piece("a", "exp_avg", (10, 100), 0, moments[:1000]),
-        Piece("b", "exp_avg", (2000,), 0, moments[1000:]),
+        Piece("a", "weight", (100, n // 100), 0, flat[:n]),
+        Piece("b", "weight", (2 * n,), 0, flat[n:]),
+        Piece("a", "exp_avg", (100, n // 100), 0, moments[:n]),
+        Piece("b", "exp_avg", (2 * n,), 0, moments[n:]),
     ]
     after = find_holders(pieces, device)
     grown = {kind: after.kinds[kind] - before.kinds[kind] for kind in after.kinds}
-    assert grown["weights"] == grown["optimizer state"] == 3000 * 4
-    assert grown["gradients"] == 1000 * 4
+    assert grown["weights"] == grown["optimizer state"] == 3 * n * 4
+    assert grown["gradients"] == n * 4
     assert batch.nbytes <= grown["other tensors"] < traced.nbytes
-    assert ("weights", "a weight and more in one buffer", 12000) in [
+    assert ("weights", "a weight and more in one buffer", 3 * n * 4) in [
         (row.kind, row.name, row.held_bytes) for row in after.largest
     ]
     assert after.total_bytes > sum(grown.values())

@@ -17,9 +17,9 @@ from gptscale.config.schema import GuardConfig, PrecisionConfig, TrainRoot
 from gptscale.parallel.ranks import Ranks
 from gptscale.runtime.errors import DivergedError, UserError
 from gptscale.runtime.hardware import peak_flops
+from gptscale.train.facts import products
 from gptscale.train.guard import Guard
 from gptscale.train.setup import use_precision
-from gptscale.train.watcher import products
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,21 @@ def test_warm_up_stable_decay_is_flat_until_its_cooldown() -> None:
     assert learning_rate(1000, flat, 1.0, 1000) == 1.0
 
 
+def test_a_warm_up_that_reaches_into_the_cooldown_leaves_less_of_it() -> None:
+    config = ScheduleConfig(name="wsd", warmup_tokens=900, final_ratio=0.0, cooldown_ratio=0.2)
+    rates = [learning_rate(tokens, config, 1.0, 1000) for tokens in (450, 900, 925, 1000, 2000)]
+    assert rates == pytest.approx([0.5, 1, 0.5, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "wsd", "inverse_sqrt"])
+@pytest.mark.parametrize("total", [1, 50, 100, 101])
+def test_no_rate_is_negative_or_above_the_peak_wherever_the_end_is(name: str, total: int) -> None:
+    for cooldown in (0.0, 0.2, 1.0):
+        config = ScheduleConfig(name=name, warmup_tokens=100, final_ratio=0.0, cooldown_ratio=cooldown)
+        rates = [learning_rate(tokens, config, 1.0, total) for tokens in range(1, 300)]
+        assert all(0 <= rate <= 1 for rate in rates)
+
+
 def test_the_inverse_square_root_has_no_need_of_an_end() -> None:
     config = ScheduleConfig(name="inverse_sqrt", warmup_tokens=100, final_ratio=0.05)
     assert [learning_rate(tokens, config, 1.0, 10**9) for tokens in (50, 100, 400, 10_000)] == [0.5, 1.0, 0.5, 0.1]
