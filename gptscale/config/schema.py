@@ -195,13 +195,16 @@ class DataConfig:
     corpora_dir: str = "corpora"
     sequence_length: int = 256
     mixture: Literal["exact", "stride"] = "exact"
-    """How corpora take turns. `exact`: at any time each has its share to within two samples. `stride`: for runs begun
-    before there was a choice; many corpora of equal weights, all due at once, lag behind by more."""
+    """How corpora take turns. `exact`: at any time each has its share to within two samples; shares are rounded to whole
+    65,536ths. `stride`: for runs begun before there was a choice; many corpora of equal weights, all due at once, lag
+    behind by more."""
     order: Literal["full", "block"] = "full"
     """`full`: an epoch reads all samples of a corpus in an order of its own, any neighbours far apart. `block`: for
     object stores, what lies together is read at nearly the same time."""
     block_sequences: int = 256
-    """block only: neighbouring samples that stay together; blocks come in an order of their own each epoch."""
+    """block only: neighbouring samples that stay together; blocks come in an order of their own each epoch. Shards are
+    fetched whole: with a cache that holds a part of the text a block is best as long as a shard, `shard_tokens` ÷
+    `sequence_length`."""
     window_blocks: int = 16
     """block only: blocks whose samples are mixed with one another. A cache has to hold the shards of two windows."""
     stages: tuple[StageConfig, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 
 from gptscale.config.names import source_names
-from gptscale.config.schema import DataConfig, TokenizerConfig
-from gptscale.data.filters import check_filters
+from gptscale.config.schema import DataConfig, FilterConfig, TokenizerConfig
+from gptscale.data.filters import check_filters, refused
 from gptscale.data.fim import fill_in_middle
 from gptscale.data.merge import Merge, Merged
 from gptscale.data.shards import SPLITS, Manifest, PartRecord, Split, token_dtype
@@ -74,7 +74,9 @@ class Preparation:
             path = self._work / "tokenizer" / self._tokenizer_key() / FILES[0]
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                sample = _sample(self._parts, self._settings.training_bytes, self._data.heldout_fraction)
+                sample = _sample(
+                    self._parts, self._settings.training_bytes, self._data.heldout_fraction, self._data.filters
+                )
                 train_tokenizer(
                     sample, self._settings.vocab_size, path, any(part.source.fim_rate for part in self._parts)
                 )
@@ -87,8 +89,10 @@ class Preparation:
 
     def _tokenizer_key(self) -> str:
         """Of all that decides what is learnt: the text that the sample is taken from, and how much of it."""
+        filters = self._data.filters
         return digest_of(
-            {
+            ({} if filters == FilterConfig() else {"filters": asdict(filters)})
+            | {
                 "spill": SPILL_VERSION,
                 "inputs": [input_key(part) for part in self._parts],
                 "vocab_size": self._settings.vocab_size,
@@ -152,6 +156,12 @@ class Preparation:
             self._data.shuffle_documents,
             lambda: self._report(ProgressEvent("merge", next(steps), 2 * len(spilled), tokens)),
         )
+        for split in SPLITS:
+            if not merged[split].shards:
+                raise UserError(
+                    f"data.filters: without duplicates there is no text left for {split}\n"
+                    "prepare more text, or with another data.heldout_fraction"
+                )
         write_bytes_atomically(target / self._tokenizer.file_name, self._recipe.tokenizer_path.read_bytes())
         for split in SPLITS:
             self._manifest(split, merged[split]).write(target / split)
@@ -244,13 +254,14 @@ def _parts(data: DataConfig, tokenizer: TokenizerConfig) -> list[Part]:
     return parts
 
 
-def _sample(parts: list[Part], budget_bytes: int, heldout_fraction: float) -> Iterator[str]:
-    """Training text for the tokenizer: each part's first documents, as its size allows; nothing held out."""
+def _sample(parts: list[Part], budget_bytes: int, heldout_fraction: float, filters: FilterConfig) -> Iterator[str]:
+    """Training text for the tokenizer: of each part the first documents that the filters leave, as its size allows;
+    nothing held out."""
     total = sum(max(part.input_bytes, 1) for part in parts)
     for part in parts:
         left = max(1, budget_bytes * max(part.input_bytes, 1) // total)
         for document in read_part(part):
-            if is_heldout(identity_hash(document.identity), heldout_fraction):
+            if is_heldout(identity_hash(document.identity), heldout_fraction) or refused(document.text, filters):
                 continue
             text = document.text[:left]
             yield text

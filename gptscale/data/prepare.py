@@ -91,7 +91,7 @@ def ensure_prepared(
     file or folder changed later than it was prepared is warned of.
     """
     folder = corpus_folder(data, tokenizer)
-    if _finished(folder):
+    if _finished(folder) and not _partial(folder).exists():
         _warn_of_newer_inputs([*(source.path for source in data.sources), tokenizer.path or ""], folder)
     else:
         _prepare(data, tokenizer, folder, progress, keep=True, merge_only=merge_only)
@@ -167,10 +167,12 @@ def _prepare(
 ) -> None:
     report = progress or (lambda event: None)
     with _locked(target, report):
-        if keep and _finished(target):
-            return
-        _refuse_used(target)
         work = _partial(target)
+        if _finished(target):  # whoever did it may have been killed as it cleaned up
+            shutil.rmtree(work, ignore_errors=True)
+            if keep:
+                return
+        _refuse_used(target)
         try:
             with _full_disk_explained(target, work):
                 preparation = Preparation(data, tokenizer, work, report)

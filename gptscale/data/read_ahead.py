@@ -36,6 +36,8 @@ class ReadAhead:
         self._reached = -1
         self._changed = threading.Condition()
         self._closed = False
+        self._failed: set[str] = set()
+        """Shards, by digest, that could not be fetched; they were tried often enough."""
         self._thread = threading.Thread(target=self._work, daemon=True, name="read-ahead")
         self._thread.start()
 
@@ -87,12 +89,15 @@ class ReadAhead:
             self._cache.check()
             self._check()
 
+        if shard.digest in self._failed:
+            return
         try:
             while not self._cache.fetch_ahead(shard, check):
                 with self._changed:
                     self._check()
                     self._changed.wait(_ROOM_POLL_S)
         except UserError as error:
+            self._failed.add(shard.digest)
             LOG.warning(f"reading ahead: {str(error).splitlines()[0]}")
 
     def _check(self) -> None:

@@ -183,6 +183,13 @@ class TrainingStream:
         corpora = {one.corpus.folder: one.corpus for one in self._readers.values() if isinstance(one, RemoteRowReader)}
         return sum(shard.token_bytes for corpus in corpora.values() for shard in corpus.manifest.shards)
 
+    @property
+    def sequences_in_remote_shard(self) -> int:
+        """How many sequences the largest shard in stores holds; 0 where all text is here."""
+        remote = [(number, one) for number, one in self._readers.items() if isinstance(one, RemoteRowReader)]
+        shards = ((self._lengths[number], shard) for number, one in remote for shard in one.corpus.manifest.shards)
+        return max((shard.tokens // length for length, shard in shards), default=0)
+
     def close(self) -> None:
         for reader in self._readers.values():
             reader.close()

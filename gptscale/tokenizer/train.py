@@ -104,7 +104,9 @@ def _explained(error: RuntimeError, vocab_size: int) -> Exception:
     if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return _too_small(vocab_size, int(too_small[1]))
     if "sentences_.empty()" in message:
-        return UserError("data.sources: no text to train a tokenizer on\nname sources that hold text")
+        return UserError(
+            "data.sources: no text to train a tokenizer on\nname sources that hold text, and that data.filters leave"
+        )
     return error
 
 

@@ -13,7 +13,7 @@ from gptscale.config.schema import CorpusConfig, TrainRoot
 from gptscale.runtime.errors import UserError
 from gptscale.train.resume import differences, filled, shown
 
-TEXT_KEYS = ("data.sources", "data.heldout_fraction", "data.shard_tokens")
+TEXT_KEYS = ("data.sources", "data.heldout_fraction", "data.shard_tokens", "data.filters", "data.shuffle_documents")
 """What the text that `data.sources` are prepared into follows from, with the tokenizer."""
 
 
@@ -79,7 +79,9 @@ def stage_instead(
     keep, stage = [], [f"name: stage-{len(stages) + 1}", f"from_tokens: {state['progress']['tokens']}"]
     if of_path:
         before = saved["data"]["path"]
-        keep.append("the former data.sources" if before is None else shlex.quote(f"data.path={_path_text(before)}"))
+        former = [text for text in TEXT_KEYS if any(key.startswith(text) for key in keys)] or ["data.sources"]
+        path = None if before is None else shlex.quote(f"data.path={_path_text(before)}")
+        keep.append(f"the former {', '.join(former)}" if path is None else path)
         stage.append(f"path: {_path_text([{'path': corpus.path, 'weight': corpus.weight} for corpus in corpora])}")
     if of_length:
         keep.append(f"data.sequence_length={saved['data']['sequence_length']}")

@@ -21,7 +21,7 @@ from gptscale.data.block_order import shuffle_of
 from gptscale.data.cache import ShardCache
 from gptscale.data.heldout import HeldoutBatches, heldout_sources
 from gptscale.data.prepare import corpus_folder
-from gptscale.data.remote import cache_for
+from gptscale.data.remote import cache_for, open_corpus
 from gptscale.data.stages import StageText
 from gptscale.data.stream import TrainingStream
 from gptscale.data.transfer import Check, go_on
@@ -132,17 +132,30 @@ def open_corpora(settings: TrainRoot, ranks: Ranks, check: Check = go_on) -> Cor
         cache = cache_for(settings.data, [chosen.path for chosen in settings.evaluation.sets], check)
     if ranks.rank == 0:
         warn_of_little_room(settings.data, stream)
+        if settings.model.depth is not None and stream.vocab_size != settings.tokenizer.vocab_size:
+            LOG.warning(
+                f"model.depth={settings.model.depth} found its tokens, batch and rate for "
+                f"tokenizer.vocab_size={settings.tokenizer.vocab_size}, and the text has a vocabulary of "
+                f"{stream.vocab_size}: set tokenizer.vocab_size={stream.vocab_size}"
+            )
     heldout = tuple(open_heldout(settings, folders, stream, ranks, cache))
     return Corpora(folders, stream, heldout, Tokenizer.load(stream.tokenizer_path), stages, cache)
 
 
 def warn_of_little_room(data: DataConfig, stream: TrainingStream) -> None:
     """Where an order that draws from all shards at once would fetch each of them again and again."""
-    room = data.cache_bytes
-    if data.order == "full" and room is not None and stream.remote_bytes > room:
+    room, block, in_shard = data.cache_bytes, data.block_sequences, stream.sequences_in_remote_shard
+    if room is None or stream.remote_bytes <= room:
+        return
+    if data.order == "full":
         LOG.warning(
             f"data.cache_bytes={room} holds a part of the {stream.remote_bytes:,} bytes of shards in stores, and "
             "data.order=full draws from all of them: each is fetched many times; set data.order=block, or more bytes"
+        )
+    elif 2 * block <= in_shard:  # shards are fetched whole, and each of its blocks has a time of its own
+        LOG.warning(
+            f"data.block_sequences={block} is a part of a shard in the store, which holds {in_shard} sequences: each "
+            f"shard is fetched up to {in_shard // block} times an epoch; begin with data.block_sequences={in_shard}"
         )
 
 
@@ -193,6 +206,11 @@ def open_heldout(
         rank, size = ranks.at.data, ranks.topology.data
         return HeldoutBatches(folder, length, micro_batch, limit, rank, size, documents, source, boundaries, cache)
 
+    if settings.data.verify:  # once a folder, however many sets it makes
+        for path in dict.fromkeys(
+            [*(corpus.path for corpus in folders), *(one.path for one in settings.evaluation.sets)]
+        ):
+            open_corpus(path, "heldout", verify=True, cache=cache)
     if len(folders) == 1:
         taken = yield from by_source(folders[0].path, batches, cache)
     else:

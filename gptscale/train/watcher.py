@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -133,7 +133,7 @@ class Watcher:
                 f"grad norm {numbers.grad_norm:.2f}  lr {numbers.learning_rate:.2e}  "
                 f"{tokens_per_sec:,.0f} tokens/s{profiled}  "
                 f"mfu {'unknown' if mfu is None else f'{mfu:.1%}'}  {in_gib(peak_bytes(self._device))}  "
-                f"{self._time_left()} left"
+                f"{time_left(self._plan.tokens_after(self._total_steps) - self._tokens, self._pace)} left"
             )
 
     def evaluated(self, progress: Progress, result: Evaluation, samples: Sequence[Sample], elapsed_s: float) -> None:
@@ -227,13 +227,16 @@ class Watcher:
             self._corpora.cache,
         )
 
-    def _time_left(self) -> str:
-        """By tokens, at the pace of the last steps: steps grow where the batch does."""
-        total_tokens = self._plan.tokens_after(self._total_steps)
-        tokens, seconds = (sum(column) for column in zip(*self._pace, strict=True))
-        left_s = int((total_tokens - self._tokens) * seconds / tokens)
-        hours, minutes = divmod(left_s // 60, 60)
-        return f"{hours}:{minutes:02d}:{left_s % 60:02d}" if hours else f"{minutes}:{left_s % 60:02d}"
+
+def time_left(tokens: int, pace: Iterable[tuple[int, float]]) -> str:
+    """For so many tokens, at the `pace` of the last steps, tokens and seconds of each: steps grow where the batch does.
+
+    "h:mm:ss", or "m:ss" below an hour.
+    """
+    done, seconds = (sum(column) for column in zip(*pace, strict=True))
+    left_s = int(tokens * seconds / done)
+    hours, minutes = divmod(left_s // 60, 60)
+    return f"{hours}:{minutes:02d}:{left_s % 60:02d}" if hours else f"{minutes}:{left_s % 60:02d}"
 
 
 def _heldout_values(prefix: str, loss: HeldoutLoss) -> dict[str, float]:

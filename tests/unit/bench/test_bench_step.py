@@ -116,6 +116,27 @@ def test_ours_attend_as_a_run_would_and_documents_are_masked(
         assert abs(losses_by_mask["true"] - losses_by_mask["false"]) > 1e-3
 
 
+def test_options_are_measured_in_bf16(tmp_path: Path) -> None:
+    output = tmp_path / "step.json"
+    options = ["bench.contenders=[plain,full-loss,optimizer-muon,nanogpt]", "precision=bf16", "bench.rounds=1"]
+    with tree(*COMMAND, *options, f"bench.output={output}") as command:
+        code, table, progress = command.end(LIMIT_S)
+    assert code == 0, progress
+    assert ", bf16\n" in table
+    figures = json.loads(output.read_text())
+    built = {name: row["built"] for name, row in figures["contenders"].items()}
+    assert built == {
+        "bare": "loop, AdamW",
+        "plain": "PlainEngine",
+        "nanogpt": "NanoGPT, AdamW",
+        "full-loss": "loop, AdamW",
+        "optimizer-muon": "loop, Muon",
+    }
+    samples = figures["samples"]
+    assert samples["optimizer-muon"]["losses"][0] == samples["bare"]["losses"][0]
+    assert samples["optimizer-muon"]["losses"][-1] != samples["bare"]["losses"][-1]
+
+
 def test_other_peoples_models_are_compiled_on_request(tmp_path: Path) -> None:
     output = tmp_path / "step.json"
     options = ["bench.contenders=[nanogpt-compile,hf-gpt2-compile]", "bench.rounds=1", f"bench.output={output}"]

@@ -23,6 +23,7 @@ from gptscale.data.prepare import Prepared, prepare
 from gptscale.data.shards import Removed
 from gptscale.data.tokenise import identity_hash, is_heldout
 from gptscale.runtime.errors import UserError
+from gptscale.tokenizer import Tokenizer
 from gptscale.tokenizer.train import train_tokenizer
 from tests.helpers.text import contents, documents, stored_documents
 
@@ -85,6 +86,16 @@ def test_lengths_and_languages_are_filtered_and_counted(tmp_path: Path, vocabula
     short = Removed("too_short", of_split.count("short"), 5 * of_split.count("short"))
     assert record.removed[2] == short
     assert json.loads((tmp_path / "out/train/manifest.json").read_text())["parts"][0]["removed"][2] == vars(short)
+
+
+def test_a_vocabulary_is_learnt_from_what_the_filters_leave(tmp_path: Path) -> None:
+    japanese = "これは日本語の文章です。言語は最初の部分で判断されます。" * 5
+    english = "The children went to school this morning, and their mother waits for them at home."
+    source = Texts(tmp_path / "text", [japanese] * 40 + [f"{english} {number}" for number in range(20)]).source
+    data = DataConfig((source,), heldout_fraction=FRACTION, filters=FilterConfig(languages=("en",)), workers=1)
+    prepare(data, TokenizerConfig(vocab_size=300), tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.model")
+    assert all(len(tokenizer.decode_bytes([token])) <= 1 or tokenizer.decode([token]).isascii() for token in range(300))
 
 
 def test_languages_are_told_apart() -> None:
@@ -164,6 +175,13 @@ def test_of_equal_texts_one_stays_and_a_held_out_one_first(tmp_path: Path, vocab
     both = prepare(twice, vocabulary, tmp_path / "twice"), prepare(once, vocabulary, tmp_path / "once")
     assert len(both[0].train.parts) == 2 * len(both[1].train.parts) > 2
     assert both[0].train.identity == both[1].train.identity
+
+
+def test_a_split_that_duplicates_leave_empty_is_refused(tmp_path: Path, vocabulary: TokenizerConfig) -> None:
+    texts = Texts(tmp_path / "text", ["the same again\n"] * 100)
+    with pytest.raises(UserError, match="data.filters: without duplicates there is no text left for train"):
+        texts.prepare(tmp_path / "out", vocabulary, FilterConfig(exact_duplicates=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts_that_are_nearly_the_same_go_and_others_stay(tmp_path: Path, vocabulary: TokenizerConfig) -> None:

@@ -292,6 +292,23 @@ def test_the_folder_is_named_by_all_that_decides_the_contents(tmp_path: Path) ->
     assert corpus_folder(stdlib, SMALL).name.startswith("stdlib-")
 
 
+def test_what_a_process_killed_in_its_cleaning_up_left_is_removed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", documents(60))
+    data = DataConfig((SourceConfig(path=str(path)),), heldout_fraction=0.2, workers=1, corpora_dir=str(tmp_path / "c"))
+    folder = ensure_prepared(data, SMALL)
+    left = folder.parent / f".{folder.name}.partial"
+    (left / "parts").mkdir(parents=True)
+    (left / "parts" / "a.tok").write_bytes(b"x" * 100)
+    before = contents(folder)
+    assert ensure_prepared(data, SMALL) == folder
+    assert not left.exists()
+    left.mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        prepare(data, SMALL, folder)
+    assert not left.exists()
+    assert contents(folder) == before
+
+
 def test_ensure_prepared_prepares_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents(100, words=20))
     data = DataConfig(sources=(SourceConfig(path=str(path)),), heldout_fraction=0.2, corpora_dir=str(tmp_path / "c"))

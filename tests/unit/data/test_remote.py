@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -202,11 +203,16 @@ def test_little_room_for_an_order_of_all_shards_is_said(
 ) -> None:
     stream = stream_of([address], cache)
     assert stream.remote_bytes == sum(shard.token_bytes for shard in stream._readers[0].corpus.manifest.shards) > 0
-    for data in (DataConfig(), DataConfig(cache_bytes=10**9), DataConfig(cache_bytes=1000, order="block")):
+    whole = stream.sequences_in_remote_shard
+    assert whole == max(shard.tokens for shard in stream._readers[0].corpus.manifest.shards) // stream.sequence_length
+    block = DataConfig(cache_bytes=1000, order="block", block_sequences=whole)
+    for data in (DataConfig(), DataConfig(cache_bytes=10**9), block):
         warn_of_little_room(data, stream)
         assert not caplog.records
     warn_of_little_room(DataConfig(cache_bytes=1000), stream)
     assert "data.cache_bytes=1000 holds a part of the" in caplog.text
+    warn_of_little_room(replace(block, block_sequences=whole // 4), stream)
+    assert f"begin with data.block_sequences={whole}" in caplog.text
 
 
 def test_a_damaged_copy_here(address: str, prepared: Path, cache: ShardCache, proxy: Proxy) -> None:
@@ -285,6 +291,18 @@ def test_reading_ahead_keeps_within_its_half_of_the_cache(
     for feed in feeds:
         feed.close()
     assert 0 < most <= limit + max(shard.token_bytes for shard in shards)
+
+
+def test_a_shard_that_stays_wrong_is_fetched_so_often_and_no_oftener(
+    address: str, cache: ShardCache, proxy: Proxy
+) -> None:
+    """Four times ahead of its need, and four when it is needed; many steps want it meanwhile."""
+    proxy.fault("flip", "train/shard-00001.tok", times=1000)
+    with StepFeed(stream_of([address], cache), StepPlan(1, LENGTH), split_batch(1, 1, 1), 0, 0) as feed:
+        with pytest.raises(UserError, match="wrong bytes, fetched 4 times"):
+            for _ in range(200):
+                next(feed)
+        assert 4 <= sum("train/shard-00001.tok" in name for name in proxy.fetched) <= 8
 
 
 def test_a_feed_closes_while_it_waits_for_a_shard(address: str, cache: ShardCache, proxy: Proxy) -> None:
