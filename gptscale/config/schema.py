@@ -195,7 +195,7 @@ class DataConfig:
     corpora_dir: str = "corpora"
     sequence_length: int = 256
     mixture: Literal["exact", "stride"] = "exact"
-    """How corpora take turns. `exact`: at any time each has its share to within two samples; shares are rounded to whole
+    """How corpora take turns. `exact`: at any time each has its share to within two samples, shares being whole
     65,536ths. `stride`: for runs begun before there was a choice; many corpora of equal weights, all due at once, lag
     behind by more."""
     order: Literal["full", "block"] = "full"
