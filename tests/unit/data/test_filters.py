@@ -179,7 +179,7 @@ def test_of_equal_texts_one_stays_and_a_held_out_one_first(tmp_path: Path, vocab
 
 def test_a_split_that_duplicates_leave_empty_is_refused(tmp_path: Path, vocabulary: TokenizerConfig) -> None:
     texts = Texts(tmp_path / "text", ["the same again\n"] * 100)
-    with pytest.raises(UserError, match="data.filters: without duplicates there is no text left for train"):
+    with pytest.raises(UserError, match="without duplicates there is no text left for train"):
         texts.prepare(tmp_path / "out", vocabulary, FilterConfig(exact_duplicates=True))
     assert not (tmp_path / "out").exists()
 
