@@ -37,9 +37,7 @@ def test_a_run_that_grows_is_resumed_as_if_it_had_not_stopped(corpus: Path, tmp_
     tokens = [line["tokens"] for line in whole]
     grown = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
     assert grown == sorted(grown)
-    assert grown[0] == 4 * 16
-    assert grown[-1] == STEP_TOKENS
-    assert len(set(grown)) >= 3
+    assert set(grown) == {STEP_TOKENS // 2, STEP_TOKENS}  # shorter sequences are more of them
     assert [line["data/sample_hash"] for line in moved] == [line["data/sample_hash"] for line in whole]
     # Another layout sums in another order: 1e-4, the design's.
     for one, other in zip(moved, whole, strict=True):
