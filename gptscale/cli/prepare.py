@@ -51,5 +51,11 @@ def run(arguments: Sequence[str]) -> int:
         folder = ensure_prepared(data, tokenizer, show, jobs.merge)
     else:
         folder = prepare(data, tokenizer, Path(settings.target), show, jobs.merge).folder
+    if data.packing == "best_fit":
+        from gptscale.data.corpus import open_split
+        from gptscale.data.packing import ensure_packed
+
+        rows = ensure_packed(open_split(folder, "train"), data.sequence_length).rows
+        print(f"packed into {rows:,} rows of {data.sequence_length} tokens", file=sys.stderr)
     print(folder)
     return EXIT_DONE

@@ -101,13 +101,14 @@ def parse_manifest(data: bytes, named: str, split: Split) -> Manifest:
     except UnicodeDecodeError as error:
         raise UserError(f"{named}: damaged (no UTF-8)\n{AGAIN}") from error
     try:
-        version = json.loads(text)["format_version"]
+        fields = json.loads(text)
+        version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{named}: format version {version}, and this gptscale reads version {FORMAT_VERSION}\n"
                 "prepare the text again, or use the version of gptscale that wrote it"
             )
-        manifest = Manifest.parse(text)
+        manifest = Manifest.parse(fields)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:

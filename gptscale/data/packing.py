@@ -16,6 +16,7 @@ The plan is made once for a shard and a length, and lies beside the shards:
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import fsync_folder, write_bytes_atomically
 from gptscale.runtime.locks import FileLock
 
+LOG = logging.getLogger(__name__)
 ALGORITHM = "best-fit-v1"
 PLAN = "plan.json"
 
@@ -85,11 +87,14 @@ def ensure_packed(corpus: Corpus, length: int, report: Callable[[int, int], None
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.parent / f".{folder.name}.lock"):
                 if not (folder / PLAN).exists():
+                    LOG.info(
+                        f"packing {len(corpus.manifest.shards)} shards of {corpus.folder} into rows, which is done once"
+                    )
                     _make(corpus, length, folder, report or (lambda done, all: None))
-        except PermissionError as error:
+        except OSError as error:  # not permitted, read-only, no space
             raise UserError(
                 f"{folder}: the packing plan cannot be written there ({error.strerror})\n"
-                "make the folder writable for one run, or set data.packing=cut"
+                "make room there, and the folder writable, for one run; or set data.packing=cut"
             ) from error
     return open_plan(corpus, length)
 

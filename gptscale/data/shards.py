@@ -99,12 +99,11 @@ class Manifest:
         write_bytes_atomically(folder / MANIFEST, text.encode())
 
     @classmethod
-    def parse(cls, text: str) -> Manifest:
-        """Raises ValueError, KeyError or TypeError where `text` is no manifest."""
-        fields: dict[str, Any] = json.loads(text)
-        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        fields["parts"] = tuple(PartRecord.parse(part) for part in fields["parts"])
-        return cls(**fields)
+    def parse(cls, fields: dict[str, Any]) -> Manifest:
+        """From JSON. Raises KeyError or TypeError where it is none."""
+        shards = tuple(Shard(**shard) for shard in fields["shards"])
+        parts = tuple(PartRecord.parse(part) for part in fields["parts"])
+        return cls(**fields | {"shards": shards, "parts": parts})
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -2,8 +2,8 @@
 
 Nothing quadratic is kept: backward computes the probabilities again, dropout's masks included, and the [H, Q, S] scores
 of a block are all that exists at once. Blocks of queries skip the keys that no query of theirs sees. Torch's own CPU
-kernel is faster in fp32 but has no dropout, where it falls back to whole T×T scores (`attention.attend` says which is
-used when).
+kernel is as fast in fp32 but has no dropout, where it falls back to whole T×T scores (`attention.attend` says which is
+used when). In half precision its forward is the faster one, and is taken here where it can be, its backward the slower.
 
 Shape legend: B batch, T tokens, H query heads, K key/value heads, W features of a head, Q queries of a block,
 S keys from the first that any of those queries sees to the block's end.

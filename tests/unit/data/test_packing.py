@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -13,9 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptscale.cli.main import main
+from gptscale.data import packing
 from gptscale.data.corpus import Corpus, open_split
 from gptscale.data.packing import PLAN, ensure_packed, pack, packing_folder
 from gptscale.runtime.errors import UserError
+from tests.helpers.text import documents, write_jsonl
 
 
 def by_hand(sizes: list[int], room: int) -> list[list[int]]:
@@ -57,16 +61,16 @@ def test_every_token_but_a_documents_first_is_a_target_once(documents: list[int]
 
 def test_rows_are_nearly_full_and_few_documents_are_cut() -> None:
     draw = np.random.default_rng(0)
-    documents = np.maximum(draw.lognormal(6, 1, 20_000).astype(int), 2)
+    lengths = np.maximum(draw.lognormal(6, 1, 20_000).astype(int), 2)
     length = 2048
-    pieces, first_piece = pack(np.cumsum(documents).astype(np.uint64), length + 1)
+    pieces, first_piece = pack(np.cumsum(lengths).astype(np.uint64), length + 1)
     rows = len(first_piece) - 1
     used = int((pieces[:, 1]).sum())
     assert used / (rows * (length + 1)) > 0.999
-    begun = np.isin(np.cumsum(documents) - documents, pieces[:, 0])
+    begun = np.isin(np.cumsum(lengths) - lengths, pieces[:, 0])
     assert begun.all()
-    whole = int((documents <= length + 1).sum())
-    assert len(pieces) - whole == sum(-(-(n - 1) // length) for n in documents.tolist() if n > length + 1)
+    whole = int((lengths <= length + 1).sum())
+    assert len(pieces) - whole == sum(-(-(n - 1) // length) for n in lengths.tolist() if n > length + 1)
 
 
 def test_a_plan_is_made_once_and_pinned_to_its_shards(prepared: Path, tmp_path: Path) -> None:
@@ -128,3 +132,27 @@ def test_damage_is_named(prepared: Path, tmp_path: Path) -> None:
     victim.write_bytes(b"half")
     ensure_packed(corpus, 64)
     assert victim.read_bytes() == healthy
+
+
+def test_a_full_disk_is_the_users_to_know(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(packing, "_make", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        ensure_packed(copied(prepared, tmp_path), 64)
+
+
+def test_prepare_plans_the_packing_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "text.jsonl", documents(60))
+    target = tmp_path / "out"
+    asked = [
+        "data.packing=best_fit",
+        "data.sequence_length=64",
+        "tokenizer.vocab_size=400",
+        "data.heldout_fraction=0.2",
+    ]
+    assert main(["prepare", f"target={target}", f"data.sources=[{{path: {source}}}]", *asked]) == 0
+    plan = json.loads((packing_folder(open_split(target, "train"), 64) / PLAN).read_text())
+    rows = sum(shard["rows"] for shard in plan["shards"])
+    assert f"packed into {rows:,} rows of 64 tokens" in capsys.readouterr().err
