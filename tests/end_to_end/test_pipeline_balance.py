@@ -15,7 +15,7 @@ from tests.helpers.training import exact_part, read_metrics, run_training, small
 
 
 def test_time_is_that_of_the_parts() -> None:
-    """A head of 100 times a layer's products takes most of the time, and full layers more than windows of a few."""
+    """A head of 400 times a layer's products takes most of the time, and full layers more than windows of a few."""
     model = ModelConfig(layers=6, width=64, heads=2, attention_pattern=("full", "window"), window=16)
     settings = TrainRoot(
         model=model,
@@ -24,7 +24,7 @@ def test_time_is_that_of_the_parts() -> None:
         parallel=ParallelConfig(pipeline=2),
     )
     ranks = Ranks(ALONE, deepspeed=False, timeout_s=60)
-    embedding, *layers, head = seconds_of_parts(settings, 50_000, ranks)
+    embedding, *layers, head = seconds_of_parts(settings, 200_000, ranks)
     assert len(layers) == 6
     assert layers[0::2] == [layers[0]] * 3
     assert layers[1::2] == [layers[1]] * 3
