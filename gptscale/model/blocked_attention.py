@@ -63,7 +63,7 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.save_for_backward(q_BTHW, k_BTHW, v_BTHW)
         ctx.settings = (dropout, seed, window, starts_BT)
         # Torch's own forward takes half as long there, and its backward longer.
-        if _half_on_host(q_BTHW) and _is_plain(*ctx.settings):
+        if _half_on_host(q_BTHW) and _is_plain(dropout, window, starts_BT):
             q_BHTW, k_BHTW, v_BHTW = (tensor.transpose(1, 2) for tensor in (q_BTHW, k_BTHW, v_BTHW))
             y_BHTW = F.scaled_dot_product_attention(q_BHTW, k_BHTW, v_BHTW, is_causal=True)
             return y_BHTW.transpose(1, 2).contiguous()
@@ -130,7 +130,7 @@ class _Blocks:
 
     def __init__(self, q_BTHW: Tensor, dropout: float, seed: int, window: int | None, starts_BT: Tensor | None) -> None:
         _, tokens, self.heads, width = q_BTHW.shape
-        large = _half_on_host(q_BTHW) and _is_plain(dropout, seed, window, starts_BT)
+        large = _half_on_host(q_BTHW) and _is_plain(dropout, window, starts_BT)
         size = min(LARGE_QUERY_BLOCK if large else QUERY_BLOCK, tokens)
         self.ranges = [(start, min(start + size, tokens)) for start in reversed(range(0, tokens, size))]
         self.scale = width**-0.5
@@ -187,7 +187,7 @@ def _half_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype.itemsize == 2
 
 
-def _is_plain(dropout: float, seed: int, window: int | None, starts_BT: Tensor | None) -> bool:
+def _is_plain(dropout: float, window: int | None, starts_BT: Tensor | None) -> bool:
     return not dropout and window is None and starts_BT is None
 
 

@@ -15,11 +15,11 @@ from tests.helpers.training import exact_part, read_metrics, run_training, small
 
 
 def test_time_is_that_of_the_parts() -> None:
-    """A head of 400 times a layer's products takes most of the time, and full layers more than windows of a few."""
+    """A head of 250 times a layer's products takes most of the time, and full layers more than windows of a few."""
     model = ModelConfig(layers=6, width=64, heads=2, attention_pattern=("full", "window"), window=16)
     settings = TrainRoot(
         model=model,
-        data=DataConfig(sequence_length=1024),
+        data=DataConfig(sequence_length=2048),
         train=TrainConfig(steps=1, micro_batch=1),
         parallel=ParallelConfig(pipeline=2),
     )
