@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,14 @@ Keys = npt.NDArray[np.uint64]
 Marks = npt.NDArray[np.uint8]
 
 
-def new_marks(documents: int, folder: Path) -> Marks:
-    """A mark for each document, all KEPT: on disk, as there may be more than memory holds."""
-    marks: Marks = np.memmap(folder / "marks", np.uint8, "w+", shape=(max(documents, 1),))
+def new_marks(documents: int, path: Path) -> np.memmap[Any, np.dtype[np.uint8]]:
+    """A mark for each document, all KEPT: in a file, as there may be more than memory holds."""
+    return np.memmap(path, np.uint8, "w+", shape=(max(documents, 1),))
+
+
+def open_marks(path: Path) -> Marks:
+    """Those that are there, for reading."""
+    marks: Marks = np.memmap(path, np.uint8, "r")
     return marks
 
 

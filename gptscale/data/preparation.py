@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,12 @@ from gptscale.config.names import source_names
 from gptscale.config.schema import DataConfig, FilterConfig, TokenizerConfig
 from gptscale.data.filters import check_filters, refused
 from gptscale.data.fim import fill_in_middle
-from gptscale.data.merge import Merge, Merged
+from gptscale.data.merge import MERGE_VERSION, Merge, Merged
 from gptscale.data.shards import SPLITS, Manifest, PartRecord, Split, token_dtype
 from gptscale.data.sources import FORMATS, Part, find_parts, read_part
 from gptscale.data.spill import SPILL_VERSION, Recipe, SpilledPart, digest_of, find_spilled, input_key, part_key
-from gptscale.data.tokenise import HASH_RANGE, identity_hash, is_heldout
-from gptscale.data.workers import tokenise_all
+from gptscale.data.tokenise import HASH_RANGE, TokeniseJob, identity_hash, is_heldout, tokenise_part
+from gptscale.data.workers import WorkerPool
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
 from gptscale.runtime.hardware import usable_cores
@@ -37,6 +36,7 @@ class ProgressEvent:
     stage: Literal["wait", "tokenizer", "tokenise", "merge", "done"]
     parts_done: int = 0
     parts: int = 0
+    """In `merge` shards, not parts."""
     tokens: int = 0
     """Of the parts done."""
     bytes_done: int = 0
@@ -50,7 +50,10 @@ Progress = Callable[[ProgressEvent], None]
 
 
 class Preparation:
-    """Text on its way into shards, in the folder `work`. Call `find_tokenizer`, then `tokenise`, then `merge`."""
+    """Text on its way into shards, in the folder `work`. Call `find_tokenizer`, then `tokenise`, then `merge`.
+
+    A context: leaving it ends the processes that were started.
+    """
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, work: Path, report: Progress) -> None:
         """Raises UserError for settings that lead to no shards."""
@@ -60,6 +63,13 @@ class Preparation:
         self._work = work
         self._report = report
         self._parts = _parts(data, tokenizer)
+        self._pool = WorkerPool(data.workers or usable_cores())
+
+    def __enter__(self) -> Preparation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()
 
     def find_tokenizer(self) -> None:
         """Train the tokenizer, or take the one that is given or was trained already for the same text."""
@@ -123,15 +133,15 @@ class Preparation:
             bytes_before,
         )
         self._report(progress)
-        with closing(tokenise_all(missing, self._recipe, self._data.workers or usable_cores())) as results:
-            for key, result in results:
-                progress = replace(
-                    progress,
-                    parts_done=progress.parts_done + 1,
-                    tokens=progress.tokens + result.tokens,
-                    bytes_done=progress.bytes_done + missing[key].input_bytes,
-                )
-                self._report(progress)
+        jobs = {key: TokeniseJob(part, key, self._recipe) for key, part in missing.items()}
+        for key, result in self._pool.run(tokenise_part, jobs, lambda job: job.part.input_bytes):
+            progress = replace(
+                progress,
+                parts_done=progress.parts_done + 1,
+                tokens=progress.tokens + result.tokens,
+                bytes_done=progress.bytes_done + missing[key].input_bytes,
+            )
+            self._report(progress)
         return len(mine)
 
     def merge(self) -> Path:
@@ -143,18 +153,14 @@ class Preparation:
         if empty := _empty(spilled, self._data.heldout_fraction):
             shutil.rmtree(self._work)
             raise UserError(empty)
-        scratch, target = self._work / "scratch", self._work / "out"
-        for folder in (scratch, target):
-            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-            folder.mkdir()
-        steps = iter(range(1, 2 * len(spilled) + 1))
-        tokens = sum(part.tokens for part in spilled)
         dtype = token_dtype(self._tokenizer.vocab_size)
-        merged = Merge(self._keys, spilled, self._recipe, dtype, scratch).run(
-            target,
+        folder = self._merge_folder(dtype)
+        target = folder / "out"
+        tokens = sum(part.tokens for part in spilled)
+        merged = Merge(self._keys, spilled, self._recipe, dtype, folder, self._pool).run(
             self._data.shard_tokens,
             self._data.shuffle_documents,
-            lambda: self._report(ProgressEvent("merge", next(steps), 2 * len(spilled), tokens)),
+            lambda done, shards: self._report(ProgressEvent("merge", done, shards, tokens)),
         )
         for split in SPLITS:
             if not merged[split].shards:
@@ -168,6 +174,22 @@ class Preparation:
         tokens = sum(count.tokens for split in SPLITS for count in merged[split].counts)
         self._report(ProgressEvent("done", len(spilled), len(spilled), tokens))
         return target
+
+    def _merge_folder(self, dtype: np.dtype[np.generic]) -> Path:
+        """Where the parts come together: of all that decides the shards, so that what is there of them counts."""
+        settings = {
+            "merge": MERGE_VERSION,
+            "parts": self._keys,
+            "dtype": dtype.str,
+            "shard_tokens": self._data.shard_tokens,
+            "shuffle": self._data.shuffle_documents,
+        }
+        folder = self._work / f"merge-{digest_of(settings)}"
+        for other in self._work.glob("merge-*"):
+            if other != folder:
+                shutil.rmtree(other)  # it would take room for nothing
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def _spilled(self) -> list[SpilledPart]:
         found = [find_spilled(self._recipe.folder, key) for key in self._keys]

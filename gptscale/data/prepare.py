@@ -141,8 +141,11 @@ def prepare_task(
             return 0
         _refuse_used(target)
         work = _partial(target)
-        with _full_disk_explained(target, work), _locked(work / f"task-{jobs.task}", report):
-            preparation = Preparation(data, tokenizer, work, report)
+        with (
+            _full_disk_explained(target, work),
+            _locked(work / f"task-{jobs.task}", report),
+            Preparation(data, tokenizer, work, report) as preparation,
+        ):
             with _locked(work / "tokenizer", report):
                 preparation.find_tokenizer()
             return preparation.tokenise(jobs.task, jobs.tasks)
@@ -175,11 +178,11 @@ def _prepare(
         _refuse_used(target)
         try:
             with _full_disk_explained(target, work):
-                preparation = Preparation(data, tokenizer, work, report)
-                preparation.find_tokenizer()
-                if not merge_only:
-                    preparation.tokenise()
-                finished = preparation.merge()
+                with Preparation(data, tokenizer, work, report) as preparation:
+                    preparation.find_tokenizer()
+                    if not merge_only:
+                        preparation.tokenise()
+                    finished = preparation.merge()
                 if target.exists():
                     target.rmdir()
                 finished.rename(target)

@@ -19,7 +19,7 @@ import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -136,112 +136,42 @@ def npy_header(dtype: np.dtype[Any], count: int) -> bytes:
     return header.getvalue()
 
 
-class ShardWriter:
-    """Writes documents one after the other into shards of at most `shard_tokens` tokens.
+class NpyWriter:
+    """Writes a 1-D .npy file of a known length, and hashes it on the way.
 
-    A context: leaving it closes the files whatever happened, so that a full disk gets its space back at once.
+    A context: leaving it closes the file whatever happened.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self.shards: list[Shard] = []
-        self._folder = folder
-        self._dtype = dtype
-        self._shard_tokens = shard_tokens
-        self._tokens: _NpyFile | None = None
-        self._ends: _NpyFile | None = None
+    def __init__(self, path: Path, dtype: np.dtype[Any], count: int) -> None:
+        self.dtype = dtype
+        self._left = count * dtype.itemsize
+        self._digest = xxhash.xxh3_128()
+        self._file = path.open("wb")
+        self._put(npy_header(dtype, count))
 
-    def append(self, tokens: BinaryIO, ends: npt.NDArray[np.uint64]) -> None:
-        """Read documents from the raw token file `tokens`, at its current place; `ends` are theirs, from that place."""
-        document, done = 0, 0
-        while document < len(ends):
-            token_out, end_out = self._open()
-            room = self._shard_tokens - token_out.count
-            fitting = int(np.searchsorted(ends, done + room, side="right"))
-            if fitting > document:
-                stop = int(ends[fitting - 1])
-                end_out.write(ends[document:fitting] - np.uint64(done) + np.uint64(token_out.count))
-                token_out.copy(tokens, stop - done)
-                document, done = fitting, stop
-            elif token_out.count:
-                self._close()
-            else:  # longer than a whole shard
-                end_out.write(np.array([room], dtype=END_DTYPE))
-                token_out.copy(tokens, room)
-                done += room
-                self._close()
+    def write(self, values: npt.NDArray[Any]) -> None:
+        if values.size:
+            self.write_bytes(np.ascontiguousarray(values, dtype=self.dtype).data.cast("B"))
 
-    def __enter__(self) -> ShardWriter:
+    def write_bytes(self, data: bytes | memoryview) -> None:
+        """Raw numbers."""
+        self._left -= len(data)
+        self._put(data)
+
+    def finish(self) -> str:
+        """Its xxh3-128; everything has reached the disk."""
+        assert not self._left, f"{self._file.name}: {self._left} bytes are missing"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> NpyWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._tokens, self._ends):
-            if file is not None:
-                file.abandon()
-
-    def finish(self) -> tuple[Shard, ...]:
-        """Close the last shard and return the records of all; everything written has reached the disk."""
-        self._close()
-        return tuple(self.shards)
-
-    def _open(self) -> tuple[_NpyFile, _NpyFile]:
-        if self._tokens is None or self._ends is None:
-            name = f"shard-{len(self.shards):05d}"
-            self._tokens = _NpyFile(self._folder / f"{name}.tok.npy", self._dtype)
-            self._ends = _NpyFile(self._folder / f"{name}.end.npy", END_DTYPE)
-        return self._tokens, self._ends
-
-    def _close(self) -> None:
-        if self._tokens is None or self._ends is None:
-            return
-        tokens, ends = self._tokens, self._ends
-        self._tokens = self._ends = None
-        for file in (tokens, ends):
-            file.close()
-        self.shards.append(
-            Shard(
-                name=f"shard-{len(self.shards):05d}",
-                tokens=tokens.count,
-                documents=ends.count,
-                token_bytes=tokens.path.stat().st_size,
-                end_bytes=ends.path.stat().st_size,
-                token_xxh3_128=file_xxh3_128(tokens.path),
-                end_xxh3_128=file_xxh3_128(ends.path),
-            )
-        )
-
-
-class _NpyFile:
-    """A 1-D .npy file that grows: the header, of fixed size, is written when the length is known."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path = path
-        self.count = 0
-        self._dtype = dtype
-        self._file = path.open("wb")
-        self._file.write(b"\0" * _HEADER_BYTES)
-
-    def write(self, values: npt.NDArray[Any]) -> None:
-        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
-        self.count += len(values)
-
-    def copy(self, source: BinaryIO, count: int) -> None:
-        """Append `count` raw values read from `source`."""
-        left = count * self._dtype.itemsize
-        while left:
-            block = source.read(min(left, _COPY_BYTES))
-            assert block, f"{source.name} is shorter than its document ends say"
-            self._file.write(block)
-            left -= len(block)
-        self.count += count
-
-    def abandon(self) -> None:
-        """Close the file as it is: without a header nobody takes it for a shard."""
         with contextlib.suppress(OSError):  # what is still buffered need not fit the disk
             self._file.close()
 
-    def close(self) -> None:
-        with self._file:
-            self._file.seek(0)
-            self._file.write(npy_header(self._dtype, self.count))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)

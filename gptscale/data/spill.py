@@ -137,13 +137,12 @@ def find_spilled(folder: Path, key: str) -> SpilledPart | None:
     return SpilledPart(counts, fields["smallest_hash"], fields["largest_hash"], files)
 
 
-def checked(folder: Path, part: SpilledPart, path: Path) -> Path:
-    """`path`, a file of `part`, once its content is what was written. Raises UserError where a disk damaged it."""
-    if file_xxh3_128(path) != part.files[path.name][1]:
+def check_intact(path: Path, digest: str) -> None:
+    """Raises UserError where a disk damaged the file since it was written."""
+    if file_xxh3_128(path) != digest:
         raise UserError(
             f"{path}: damaged since it was written (xxh3-128)\nremove it and start again: the other parts are kept"
         )
-    return path
 
 
 class SpillWriter:

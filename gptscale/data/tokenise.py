@@ -5,13 +5,10 @@ Imported in spawned processes: no torch here, nor in anything this imports.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from multiprocessing import parent_process
-from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,17 +20,13 @@ from gptscale.data.near import band_keys, banding
 from gptscale.data.shards import END_DTYPE, Removed, Split, token_dtype
 from gptscale.data.sources import Document, Part, read_part
 from gptscale.data.spill import DOCUMENT_DTYPE, Counts, Recipe, SpilledPart, SpillWriter
+from gptscale.data.worker_process import check_stop
 from gptscale.runtime.errors import UserError
-from gptscale.runtime.registry import load_plugins
 from gptscale.tokenizer import Tokenizer
 from gptscale.tokenizer.tokenizer import Ids
 
 _BATCH_CHARACTERS = 1 << 20
 HASH_RANGE = 1 << 64
-
-
-class StopAskedError(Exception):
-    """The process that started this worker is giving up."""
 
 
 def identity_hash(identity: str) -> int:
@@ -45,8 +38,17 @@ def is_heldout(digest: int, heldout_fraction: float) -> bool:
     return digest < heldout_fraction * HASH_RANGE
 
 
-def tokenise_part(part: Part, key: str, recipe: Recipe) -> SpilledPart:
+class TokeniseJob(NamedTuple):
+    """A part, and what its files are called."""
+
+    part: Part
+    key: str
+    recipe: Recipe
+
+
+def tokenise_part(job: TokeniseJob) -> SpilledPart:
     """Tokenise a part into the spill folder. Each document ends with end_of_text; empty ones are left out."""
+    part, key, recipe = job
     tokenizer = _tokenizer(recipe.tokenizer_path, recipe.tokenizer_sha256)
     smallest, largest = HASH_RANGE - 1, 0
     with SpillWriter(recipe, key) as writer:
@@ -54,8 +56,7 @@ def tokenise_part(part: Part, key: str, recipe: Recipe) -> SpilledPart:
         train.fim = fill_in_middle(part.source.fim_rate, part.source.fim_spm_rate, tokenizer)
         heldout = _SplitSpill(writer, "heldout", tokenizer, recipe)
         for batch in _batches(_vetted(read_part(part), part, tokenizer, recipe.filters != FilterConfig())):
-            if _stop is not None and _stop.is_set():
-                raise StopAskedError
+            check_stop()
             hashes = [identity_hash(document.identity) for document in batch]
             smallest, largest = min(smallest, *hashes), max(largest, *hashes)
             for target, side in ((heldout, True), (train, False)):
@@ -191,25 +192,3 @@ def _tokenizer(path: Path, sha256: str) -> Tokenizer:
     tokenizer = Tokenizer.load(path)
     assert tokenizer.sha256 == sha256, f"{path} changed while in use"
     return tokenizer
-
-
-_stop: Event | None = None
-
-
-def start_worker(stop: Event, plugins: tuple[str, ...]) -> None:
-    """Initialise a worker process: it obeys `stop` between batches, and ends with its parent, however that died.
-
-    `plugins` register the sources that this process may be asked to read.
-    """
-    global _stop
-    _stop = stop
-    os.environ["USE_TORCH"] = "0"  # or `datasets` imports torch, for tensors that nobody here wants
-    parent = parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True, name="end with parent").start()
-    load_plugins(plugins)

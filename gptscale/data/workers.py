@@ -1,61 +1,92 @@
-"""Run tokenising tasks in processes."""
+"""Processes that share out the work of preparing text."""
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
 import types
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from typing import TypeVar
 
-from gptscale.data.sources import Part
-from gptscale.data.spill import Recipe, SpilledPart
-from gptscale.data.tokenise import start_worker, tokenise_part
+from gptscale.data.worker_process import start_worker
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.registry import loaded_plugins
 
 _INLINE_BYTES = 1 << 20
 _AHEAD = 2
-"""Parts begun or waiting for each worker: one waiting, so that none pauses between two."""
+"""Jobs begun or waiting for each process: one waiting, so that none pauses between two."""
+
+Key = TypeVar("Key", bound=Hashable)
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
-def tokenise_all(parts: Mapping[str, Part], recipe: Recipe, workers: int) -> Generator[tuple[str, SpilledPart]]:
-    """Tokenise parts, given by their keys, into the spill folder; yield each one's key and record as it is finished.
+class WorkerPool:
+    """Up to `workers` processes. They start with the first work that is worth it, and end as the context is left."""
 
-    Closing the generator stops the processes.
-    """
-    workers = min(workers, len(parts))
-    if workers <= 1 or sum(part.input_bytes for part in parts.values()) < _INLINE_BYTES:
-        for key, part in parts.items():
-            yield key, tokenise_part(part, key, recipe)
-        return
-    # The largest first, so that none is begun last and keeps the others waiting.
-    ordered = iter(sorted(parts.items(), key=lambda one: -one[1].input_bytes))
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(stop, loaded_plugins()))
-    running: dict[Future[SpilledPart], str] = {}
-    try:
-        while True:
-            for key, part in islice(ordered, _AHEAD * workers - len(running)):
-                with _no_main_module():
-                    running[pool.submit(tokenise_part, part, key, recipe)] = key
-            if not running:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "data.workers: a process that tokenised text was killed, most likely for lack of memory\n"
-            f"set data.workers below {workers}, or give the job more memory"
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._processes = 0
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(
+        self, function: Callable[[Job], Result], jobs: Mapping[Key, Job], size: Callable[[Job], int]
+    ) -> Generator[tuple[Key, Result]]:
+        """What `function`, a module's own, returns for each job, yielded as they are finished. Raises what it does.
+
+        `size` says how many bytes a job reads. Little is done here, in order.
+        """
+        count = min(self._workers, len(jobs))
+        if count <= 1 or sum(map(size, jobs.values())) < _INLINE_BYTES:
+            for key, job in jobs.items():
+                yield key, function(job)
+            return
+        pool = self._started(count)
+        # The largest first, so that none is begun last and keeps the others waiting.
+        waiting = iter(sorted(jobs.items(), key=lambda one: -size(one[1])))
+        running: dict[Future[Result], Key] = {}
+        try:
+            while True:
+                for key, job in islice(waiting, _AHEAD * count - len(running)):
+                    with _no_main_module():
+                        running[pool.submit(function, job)] = key
+                if not running:
+                    return
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "data.workers: a process that prepared text was killed, most likely for lack of memory\n"
+                f"set data.workers below {count}, or give the job more memory"
+            ) from error
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._stop.set()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def _started(self, count: int) -> ProcessPoolExecutor:
+        if self._pool is None or self._processes < count:
+            self.close()
+            context = multiprocessing.get_context("spawn")
+            self._stop = context.Event()
+            self._processes = count
+            self._pool = ProcessPoolExecutor(
+                count, mp_context=context, initializer=start_worker, initargs=(self._stop, loaded_plugins())
+            )
+        return self._pool
 
 
 @contextmanager

@@ -112,9 +112,11 @@ def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.T
 
     Ids cross to the device as they are stored, in a quarter of the bytes: 2 and not 8 for most vocabularies.
     """
-    tokens_BT1 = batch.tokens_BT1.to(device, non_blocking=True)
-    if tokens_BT1.dtype in (torch.uint16, torch.uint32):
-        tokens_BT1 = tokens_BT1.to(torch.int64)
+    tokens_BT1 = batch.tokens_BT1
+    if tokens_BT1.device != device:
+        tokens_BT1 = tokens_BT1.to(device, non_blocking=True)
+    if tokens_BT1.dtype != torch.int64:
+        tokens_BT1 = tokens_BT1.long()
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     if batch.silent_BT is not None:
         targets_BT = targets_BT.masked_fill(batch.silent_BT.to(device, non_blocking=True), IGNORED_TARGET)

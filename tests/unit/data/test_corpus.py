@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptscale.data.corpus import open_split
-from gptscale.data.shards import MANIFEST, Manifest, ShardWriter, file_xxh3_128, token_dtype
+from gptscale.data.shards import MANIFEST, Manifest, NpyWriter, file_xxh3_128, token_dtype
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer.train import train_tokenizer
 from tests.helpers.text import documents
@@ -168,9 +168,9 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     assert token_dtype(65_536) == np.uint16
     assert token_dtype(65_537) == np.uint32
     raw = np.array([70_000, 1, 2, 3], dtype=np.uint32)
-    raw.tofile(tmp_path / "raw")
-    with ShardWriter(tmp_path, token_dtype(70_001), 100) as writer, (tmp_path / "raw").open("rb") as tokens:
-        writer.append(tokens, np.array([4], dtype=np.uint64))
-        (shard,) = writer.finish()
-    assert np.array_equal(np.load(tmp_path / "shard-00000.tok.npy"), raw)
-    assert shard.token_bytes == (tmp_path / "shard-00000.tok.npy").stat().st_size
+    path = tmp_path / "ids.npy"
+    with NpyWriter(path, token_dtype(70_001), len(raw)) as writer:
+        writer.write(raw)
+        digest = writer.finish()
+    assert np.array_equal(np.load(path), raw)
+    assert digest == file_xxh3_128(path)

@@ -139,7 +139,7 @@ def test_every_repetition_is_marked_and_nothing_else(
 ) -> None:
     folder = tmp_path_factory.mktemp("marks")
     words = np.array(keys, dtype=np.uint64).reshape(-1, 2)
-    marks = new_marks(len(keys), folder)
+    marks = new_marks(len(keys), folder / "marks")
     before = [number for number in already if number < len(keys)]
     marks[before] = 9
     blocks = np.split(words, sorted(cut for cut in cuts if cut <= len(keys)))

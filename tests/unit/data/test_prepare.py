@@ -149,15 +149,20 @@ def test_several_sources_follow_one_another(tmp_path: Path) -> None:
 
 def test_progress_tells_stages_parts_and_tokens(big_text: Path, tmp_path: Path) -> None:
     events: list[ProgressEvent] = []
-    data = DataConfig(sources=(SourceConfig(path=str(big_text)),), workers=1)
+    data = DataConfig(sources=(SourceConfig(path=str(big_text)),), workers=1, shard_tokens=20_000)
     done = prepare(data, TokenizerConfig(vocab_size=500, training_bytes=100_000), tmp_path / "out", events.append)
     parts = events[-1].parts
-    expected = ["tokenizer", *["tokenise"] * (parts + 1), *["merge"] * 2 * parts, "done"]
+    shards = len(done.train.shards) + len(done.heldout.shards)
+    assert shards > 5
+    expected = ["tokenizer", *["tokenise"] * (parts + 1), *["merge"] * (shards + 1), "done"]
     assert [event.stage for event in events] == expected
     tokenising = [event for event in events if event.stage == "tokenise"]
     assert [event.parts_done for event in tokenising] == list(range(parts + 1))
     assert [event.bytes_done for event in tokenising] == sorted(event.bytes_done for event in tokenising)
     assert tokenising[-1].bytes_done == tokenising[-1].bytes == sum(path.stat().st_size for path in big_text.iterdir())
+    assert [(event.parts_done, event.parts) for event in events if event.stage == "merge"] == [
+        (written, shards) for written in range(shards + 1)
+    ]
     assert events[-1].tokens == tokenising[-1].tokens == done.train.tokens + done.heldout.tokens
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -48,7 +49,9 @@ PREPARE = """
     text, corpora = sys.argv[1:]
     filters = FilterConfig(exact_duplicates=True, near_duplicates=0.8)
     source = SourceConfig(path=text)
-    data = DataConfig((source,), corpora_dir=corpora, workers=2, filters=filters, shuffle_documents=True)
+    data = DataConfig(
+        (source,), corpora_dir=corpora, workers=2, filters=filters, shuffle_documents=True, shard_tokens=20_000
+    )
     tokenizer = TokenizerConfig(vocab_size=600, training_bytes=300_000)
     print(ensure_prepared(data, tokenizer, lambda event: print(event.stage, event.parts_done, flush=True)))
     assert "torch" not in sys.modules
@@ -59,7 +62,14 @@ def settings(text: Path, corpora: Path) -> tuple[DataConfig, TokenizerConfig]:
     filters = FilterConfig(exact_duplicates=True, near_duplicates=0.8)
     source = SourceConfig(path=str(text))
     return (
-        DataConfig((source,), corpora_dir=str(corpora), workers=2, filters=filters, shuffle_documents=True),
+        DataConfig(
+            (source,),
+            corpora_dir=str(corpora),
+            workers=2,
+            filters=filters,
+            shuffle_documents=True,
+            shard_tokens=20_000,
+        ),
         TokenizerConfig(vocab_size=600, training_bytes=300_000),
     )
 
@@ -93,11 +103,12 @@ def test_a_killed_prepare_leaves_nothing_that_counts_and_runs_again(
     assert not folder.exists()
     with pytest.raises(UserError, match="no such folder"):
         open_split(folder, "train")
-    first: list[int] = []
-    progress = lambda event: first.append(event.parts_done) if event.stage == "tokenise" else None  # noqa: E731
+    first: dict[str, int] = {}
+    progress = lambda event: first.setdefault(event.stage, event.parts_done)  # noqa: E731
     assert ensure_prepared(*settings(big_text, corpora), progress) == folder
-    done_before = {"tokenizer 0": 0, "tokenise 2": 2, "merge 5": 8}[moment]
-    assert first[0] >= done_before, "what was finished is not done again"
+    parts, shards = {"tokenizer 0": (0, 0), "tokenise 2": (2, 0), "merge 5": (8, 5)}[moment]
+    assert first["tokenise"] >= parts, "what was finished is not done again"
+    assert first["merge"] >= shards
     open_split(folder, "train", verify=True)
     open_split(folder, "heldout", verify=True)
     assert sorted(path.name for path in corpora.iterdir()) == sorted([folder.name, f".{folder.name}.lock"])
@@ -197,22 +208,29 @@ def test_a_full_disk_is_the_users_to_know(big_text: Path, small_disk: Path, work
     assert [path for path in small_disk.iterdir() if not path.name.endswith(".lock")] == [folder]
 
 
-def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """Peak memory of preparing 7 MB in one process, against 1 MB: the whole text in memory would show."""
+@pytest.mark.parametrize("settings", ["", "filters=FilterConfig(exact_duplicates=True), shuffle_documents=True"])
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, settings: str) -> None:
+    """Peak memory of preparing 7 MB in one process, against 1 MB: the whole text in memory would show.
+
+    What is done in pieces is done in small ones here, or all of this text would be one.
+    """
     texts = documents(600, words=300)
     peaks = []
-    script = """
+    script = f"""
         import re, sys
         from pathlib import Path
-        from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
+        from gptscale.config.schema import DataConfig, FilterConfig, SourceConfig, TokenizerConfig
+        from gptscale.data import duplicates, merge, shuffle
         from gptscale.data.prepare import prepare
-        data = DataConfig(sources=(SourceConfig(path=sys.argv[1]),), workers=1)
+        duplicates._BUCKET_ENTRIES, merge._TOKENS_AT_ONCE, shuffle._BUCKET_BYTES = 100, 1 << 16, 1 << 18
+        data = DataConfig(sources=(SourceConfig(path=sys.argv[1]),), workers=1, {settings})
         prepare(data, TokenizerConfig(vocab_size=500, training_bytes=200_000), Path(sys.argv[2]))
         # Not ru_maxrss, which a process inherits from the one that started it.
         print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
     """
     for copies in (1, 6):
-        path = write_jsonl(tmp_path / f"{copies}.jsonl", texts * copies)
+        varied = [f"{number} {text}" for number in range(copies) for text in texts]
+        path = write_jsonl(tmp_path / f"{copies}.jsonl", varied)
         stdout, stderr = start(script, path, tmp_path / f"out-{copies}").communicate()
         assert stdout, stderr
         peaks.append(int(stdout) * 1024)
@@ -266,14 +284,14 @@ def test_after_a_bad_line_is_mended_only_its_part_is_read_again(
     assert not (tmp_path / ".out.partial").exists()
 
 
-def stopped(data: DataConfig, tokenizer: TokenizerConfig, target: Path) -> dict[str, int]:
-    """Prepare up to the first shard, and stop there."""
+def stopped(data: DataConfig, tokenizer: TokenizerConfig, target: Path, after_shards: int = 0) -> dict[str, int]:
+    """Prepare up to so many shards, and stop there; the parts that are finished."""
 
     class EnoughError(Exception):
         pass
 
     def stop(event: ProgressEvent) -> None:
-        if event.stage == "merge":
+        if event.stage == "merge" and event.parts_done >= after_shards:
             raise EnoughError
 
     with pytest.raises(EnoughError):
@@ -315,6 +333,8 @@ def test_a_part_that_was_damaged_meanwhile_is_named(
 ) -> None:
     data = DataConfig((SourceConfig(path=str(big_text)),), workers=1, filters=FilterConfig(near_duplicates=0.8))
     stopped(data, vocabulary, tmp_path / "out")
+    (merge,) = (tmp_path / ".out.partial").glob("merge-*")
+    shutil.rmtree(merge)  # once the marks are there, nobody looks at a part's documents any more
     victim = max((tmp_path / ".out.partial/parts").glob(f"*.train.{kind}"))
     healthy = victim.read_bytes()
     victim.write_bytes(healthy[:-1] + bytes([healthy[-1] ^ 1]))
@@ -324,6 +344,59 @@ def test_a_part_that_was_damaged_meanwhile_is_named(
     victim.unlink()  # as it says
     prepare(data, vocabulary, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(prepare(data, vocabulary, tmp_path / "fresh").folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"filters": FilterConfig(exact_duplicates=True)},
+        {"filters": FilterConfig(exact_duplicates=True), "shuffle_documents": True},
+    ],
+)
+def test_shards_that_are_written_stay_when_the_merge_goes_on(
+    big_text: Path, tmp_path: Path, vocabulary: TokenizerConfig, settings: dict[str, Any]
+) -> None:
+    data = DataConfig((SourceConfig(path=str(big_text)),), workers=1, shard_tokens=20_000, **settings)
+
+    def shards() -> dict[str, tuple[int, int]]:
+        (merge,) = (tmp_path / ".out.partial").glob("merge-*")
+        found = {path: path.stat() for kind in ("out/*/*.npy", "marks", "shuffle/*") for path in merge.glob(kind)}
+        return {str(path.relative_to(merge)): (stat.st_ino, stat.st_mtime_ns) for path, stat in found.items()}
+
+    stopped(data, vocabulary, tmp_path / "out", after_shards=4)
+    before = shards()
+    assert len(before) == 8 + bool(settings) + 3 * ("shuffle_documents" in settings)
+    # A shard that was cut short, and one whose record did not reach the disk, are written again.
+    (merge,) = (tmp_path / ".out.partial").glob("merge-*")
+    written = sorted((merge / "shards").glob("*.json"))
+    assert len(written) == 4
+    written[0].unlink()
+    cut = merge / "out" / json.loads(written[1].read_text())["name"]
+    short = merge / "out" / written[1].stem.partition("-")[0] / f"{cut.name}.tok.npy"
+    os.truncate(short, short.stat().st_size - 2)
+    again = {path.stem.replace("-", "/", 1) for path in written[:2]}
+    stopped(data, vocabulary, tmp_path / "out", after_shards=6)
+    after = shards()
+    for name, found in before.items():
+        assert (after[name] == found) is not any(one in name for one in again), name
+    prepare(data, vocabulary, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(prepare(data, vocabulary, tmp_path / "fresh").folder)
+
+
+def test_a_shard_of_what_was_damaged_is_not_written(
+    big_text: Path, tmp_path: Path, vocabulary: TokenizerConfig
+) -> None:
+    """Whatever of a part is in it: the damage is at the end of the part, and the first shard takes its beginning."""
+    data = DataConfig((SourceConfig(path=str(big_text)),), workers=1, shard_tokens=2_000)
+    stopped(data, vocabulary, tmp_path / "out")
+    for victim in (tmp_path / ".out.partial/parts").glob("*.train.tok"):
+        content = victim.read_bytes()
+        victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="damaged since it was written"):
+        prepare(data, vocabulary, tmp_path / "out")
+    (merge,) = (tmp_path / ".out.partial").glob("merge-*")
+    assert not [*merge.glob("shards/train-*"), *merge.glob("out/train/*")]
 
 
 def test_killed_again_and_again_at_any_moment_it_comes_out_the_same(
@@ -367,6 +440,7 @@ def test_tasks_and_a_merge_give_what_one_job_gives(big_text: Path, undisturbed: 
         "data.filters.exact_duplicates=true",
         "data.filters.near_duplicates=0.8",
         "data.shuffle_documents=true",
+        "data.shard_tokens=20000",
         "tokenizer.vocab_size=600",
         "tokenizer.training_bytes=300000",
         "data.workers=1",
