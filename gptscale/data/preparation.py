@@ -16,7 +16,8 @@ from gptscale.config.schema import DataConfig, FilterConfig, TokenizerConfig
 from gptscale.data.filters import check_filters, refused
 from gptscale.data.fim import fill_in_middle
 from gptscale.data.merge import MERGE_VERSION, Merge, Merged
-from gptscale.data.shards import SPLITS, Manifest, PartRecord, Split, token_dtype
+from gptscale.data.provenance import part_records
+from gptscale.data.shards import SPLITS, Manifest, Split, token_dtype
 from gptscale.data.sources import FORMATS, Part, find_parts, read_part
 from gptscale.data.spill import SPILL_VERSION, Recipe, SpilledPart, digest_of, find_spilled, input_key, part_key
 from gptscale.data.tokenise import HASH_RANGE, TokeniseJob, identity_hash, is_heldout, tokenise_part
@@ -202,20 +203,7 @@ class Preparation:
         return [one for one in found if one is not None]
 
     def _manifest(self, split: Split, merged: Merged) -> Manifest:
-        records = tuple(
-            PartRecord(
-                name=part.name,
-                source=part.format if part.source.format == "auto" else part.source.format,
-                licence=part.licence,
-                version=part.version,
-                documents=counts.documents,
-                tokens=counts.tokens,
-                text_bytes=counts.text_bytes,
-                source_name=part.source.name or "",
-                removed=counts.removed,
-            )
-            for part, counts in zip(self._parts, merged.counts, strict=True)
-        )
+        records = part_records(self._parts, merged.counts)
         return Manifest(
             split=split,
             tokenizer_sha256=self._tokenizer.sha256,

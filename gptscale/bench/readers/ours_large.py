@@ -17,6 +17,8 @@ from gptscale.flow import Shard
 SHARD_TOKENS = 1 << 30
 """2 GiB."""
 _DOCUMENT_TOKENS = 1000
+_PART_TOKENS = 250_000_000
+"""Of a file of 1 GB of text: that is what the manifest has records of."""
 
 
 def make(work: Work, small: str, tokens: int) -> int:
@@ -49,5 +51,14 @@ def make(work: Work, small: str, tokens: int) -> int:
         shards.append(shard)
     manifest = read_manifest(Path(small), "train")
     total = sum(shard.documents for shard in shards)
-    replace(manifest, shards=tuple(shards), tokens=tokens, documents=total, parts=()).write(folder / "train")
+    parts = tuple(
+        replace(
+            manifest.parts[0],
+            name=f"{number:05d}.jsonl",
+            tokens=min(_PART_TOKENS, tokens - first),
+            documents=min(_PART_TOKENS, tokens - first) // _DOCUMENT_TOKENS,
+        )
+        for number, first in enumerate(range(0, tokens, _PART_TOKENS))
+    )
+    replace(manifest, shards=tuple(shards), tokens=tokens, documents=total, parts=parts).write(folder / "train")
     return len(shards)

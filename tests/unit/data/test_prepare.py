@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from gptscale.config.schema import DataConfig, FilterConfig, SourceConfig, TokenizerConfig
 from gptscale.data.corpus import open_split
 from gptscale.data.prepare import ProgressEvent, corpus_folder, ensure_prepared, prepare
 from gptscale.data.shards import SPLITS
@@ -145,6 +145,24 @@ def test_several_sources_follow_one_another(tmp_path: Path) -> None:
     ordered = documents(60, words=10, seed=1) + documents(60, words=10)
     train = stored_documents(tmp_path / "out", "train")
     assert train == [text for text in ordered if text in set(train)]
+
+
+def test_of_a_file_that_is_read_in_stretches_there_is_one_record(tmp_path: Path) -> None:
+    texts = documents(4000, words=60)
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / "text" / f"{name}.jsonl", [*texts, "short"])
+    events: list[ProgressEvent] = []
+    data = DataConfig((SourceConfig(path=str(tmp_path / "text")),), workers=1, filters=FilterConfig(min_characters=20))
+    done = prepare(data, SMALL, tmp_path / "out", events.append)
+    assert events[-1].parts >= 4, "stretches"
+    for manifest in (done.train, done.heldout):
+        assert [record.name for record in manifest.parts] == ["a.jsonl", "b.jsonl"]
+        assert manifest.tokens == sum(record.tokens for record in manifest.parts)
+        assert manifest.documents == sum(record.documents for record in manifest.parts)
+    both = zip(done.train.parts, done.heldout.parts, strict=True)
+    for removed in ([*train.removed, *heldout.removed] for train, heldout in both):
+        assert [(one.reason, one.documents, one.text_bytes) for one in removed] == [("too_short", 1, len("short"))]
+    assert sum(record.documents for manifest in (done.train, done.heldout) for record in manifest.parts[:1]) == 4000
 
 
 def test_progress_tells_stages_parts_and_tokens(big_text: Path, tmp_path: Path) -> None:
