@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptscale.config.build import build
 from gptscale.config.schema import InspectRoot
+from gptscale.data.store import is_remote
 from gptscale.runtime.errors import EXIT_DONE, UserError
 
 EXAMPLE = "name a run (runs/NAME), a checkpoint in it, or a prepared folder: gptscale inspect runs/tiny"
+Subject = Path | str
+"""What is on this host, or an address."""
 WIDTHS = 40, 100, 160
 """Letters: at least, where nobody knows, and at most."""
 WITH_STEP = ("rank", "ranks", "limit", "global_batch", "sequence_length", "seed")
@@ -27,7 +31,8 @@ def help_text() -> str:
         "gptscale inspect runs/tiny\n  gptscale inspect runs/tiny runs/other\n"
         "  gptscale inspect runs/tiny step=120 rank=1\n"
         "  gptscale inspect runs/tiny/checkpoints/step-00000060 verify=true\n"
-        "  gptscale inspect corpora/mine html=card.html",
+        "  gptscale inspect corpora/mine html=card.html\n"
+        "  gptscale inspect s3://bucket/corpora/mine",
     )
 
 
@@ -37,19 +42,24 @@ def run(arguments: Sequence[str]) -> int:
     width = max(least, min(most, shutil.get_terminal_size((unknown, 24)).columns))
     if len(subjects) == 2:
         refuse(settings, ("verify", "html", "step"), "two runs are compared", "name one subject, or leave it out")
-        print(two_runs(subjects[0], subjects[1], width))
+        for subject in subjects:
+            if isinstance(subject, str):
+                raise UserError(f"{subject}: an address, and the runs that are compared are on this host\n{EXAMPLE}")
+        print(two_runs(Path(subjects[0]), Path(subjects[1]), width))
     else:
         one_subject(subjects[0], settings, width)
     return EXIT_DONE
 
 
-def parse(arguments: Sequence[str]) -> tuple[list[Path], InspectRoot]:
-    """Subjects and settings apart. A path may hold a `=` where something is there."""
+def parse(arguments: Sequence[str]) -> tuple[list[Subject], InspectRoot]:
+    """Subjects and settings apart. An address may hold a `=`, and a path where something is there."""
     values = {}
-    subjects = []
+    subjects: list[Subject] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and not Path(argument).exists():
+        if is_remote(argument):
+            subjects.append(argument)
+        elif equals and not Path(argument).exists():
             values[key] = value
         else:
             subjects.append(Path(argument))
@@ -59,7 +69,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], InspectRoot]:
     if len(subjects) > 2:
         raise UserError(f"inspect compares two runs, not {len(subjects)}\nname one or two")
     for subject in subjects:
-        if not subject.exists():
+        if isinstance(subject, Path) and not subject.exists():
             raise UserError(f"{subject}: there is no such folder\n{EXAMPLE}")
     if settings.step is None:
         refuse(settings, WITH_STEP, "no step is named", "set step=…, or leave it out")
@@ -96,8 +106,12 @@ def refuse(settings: InspectRoot, keys: Sequence[str], what: str, fix: str) -> N
             raise UserError(f"{key}={shown} has no effect: {what}\n{fix}")
 
 
-def one_subject(path: Path, settings: InspectRoot, width: int) -> None:
+def one_subject(path: Subject, settings: InspectRoot, width: int) -> None:
     """Print it. Raises UserError where it is damaged, or nothing that is known here."""
+    if isinstance(path, str):
+        with tempfile.TemporaryDirectory() as folder:  # for its tokenizer
+            prepared_text(path, settings, width, folder)
+        return
     from gptscale.report.record import is_run
 
     if is_run(path):
@@ -131,18 +145,21 @@ def one_run(path: Path, settings: InspectRoot, width: int) -> None:
     print(run_text(read_run(path), width))
 
 
-def prepared_text(path: Path, settings: InspectRoot, width: int) -> None:
+def prepared_text(path: Subject, settings: InspectRoot, width: int, cache_dir: str | None = None) -> None:
     """Print what is in it, and write the page that is asked for; then raise UserError naming what is damaged."""
     if settings.step is not None:
         from gptscale.cli.inspect_step import step_of_text  # imports torch
 
         refuse(settings, ("html",), "the samples of a step are for the terminal", "leave html or step out")
-        step_of_text(path, settings, width)
+        step_of_text(path, settings, width, cache_dir)
         return
+    from gptscale.config.schema import DataConfig
+    from gptscale.data.remote import cache_for
     from gptscale.report.data_summary import read_summary
     from gptscale.report.data_text import data_text
 
-    data = read_summary(path, settings.verify)
+    cache = cache_for(DataConfig(cache_dir=cache_dir), [str(path)])
+    data = read_summary(path, settings.verify, cache)
     print(data_text(data, width), flush=True)
     if settings.html is not None:
         from gptscale.report.card_page import write_card

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gptscale.config.schema import DataConfig, InspectRoot, RunConfig, TrainConfig, TrainRoot
 from gptscale.config.stored import stored_data_settings
-from gptscale.data.corpus import read_manifest
+from gptscale.data.remote import cache_for, fetch_manifest
+from gptscale.data.store import is_remote
 from gptscale.report.record import CONFIG, RunRecord, read_run
 from gptscale.report.step_text import step_text
 from gptscale.runtime.errors import UserError
@@ -39,11 +40,13 @@ def step_of_run(path: Path, asked: InspectRoot, width: int) -> None:
         says = says if recorded == view.sample_hash else f"DIFFERENT from what the run recorded, {recorded:016x}"
     print(step_text(str(path), view, says, width), flush=True)
     if recorded not in (None, view.sample_hash):
-        raise UserError(f"{path}: step {asked.step} was taken with other samples than these\n{_why(run)}")
+        raise UserError(
+            f"{path}: step {asked.step} was taken with other samples than these\n{_why(run, settings.data)}"
+        )
 
 
-def step_of_text(path: Path, asked: InspectRoot, width: int) -> None:
-    """Print the samples that a run with these settings would take."""
+def step_of_text(path: Path | str, asked: InspectRoot, width: int, cache_dir: str | None = None) -> None:
+    """Print the samples that a run with these settings would take. `cache_dir` is for text at an address."""
     assert asked.step is not None
     if asked.global_batch is None or asked.sequence_length is None:
         raise UserError(
@@ -54,9 +57,15 @@ def step_of_text(path: Path, asked: InspectRoot, width: int) -> None:
     for key, value in (("global_batch", asked.global_batch), ("sequence_length", asked.sequence_length)):
         if value < 1:
             raise UserError(f"{key}={value} is below 1\nset {key}=1 or more")
+    if asked.verify and is_remote(str(path)):
+        raise UserError(
+            f"verify=true with step: of {path} nothing but the step's samples is read\nleave one of them out"
+        )
     settings = TrainRoot(
         run=RunConfig(seed=asked.seed or 0),
-        data=DataConfig(path=str(path), sequence_length=asked.sequence_length, verify=asked.verify),
+        data=DataConfig(
+            path=str(path), sequence_length=asked.sequence_length, verify=asked.verify, cache_dir=cache_dir
+        ),
         train=TrainConfig(steps=asked.step, global_batch=asked.global_batch),
     )
     ranks = 1 if asked.ranks is None else asked.ranks
@@ -64,10 +73,10 @@ def step_of_text(path: Path, asked: InspectRoot, width: int) -> None:
     print(step_text(str(path), view, "as metrics.jsonl of such a run would grow by", width))
 
 
-def _why(run: RunRecord) -> str:
+def _why(run: RunRecord, data: DataConfig) -> str:
     """What changed since, as far as the run's facts tell."""
     for card in run.facts.data if run.facts else ():
-        found = read_manifest(Path(card.path), "train").identity
+        found = fetch_manifest(card.path, "train", cache_for(data, [card.path])).identity
         if found != card.identity:
             return (
                 f"{card.path} is other text than it was (identity {card.identity[:12]}, now {found[:12]}): restore it"

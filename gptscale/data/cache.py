@@ -71,7 +71,8 @@ class ShardCache:
         self.limit_bytes = limit_bytes
         self.patience = patience or Patience()
         self.check = check
-        self._verify = verify
+        self.verify = verify
+        """Whether everything is checked before its first use that can be."""
         self._verified: set[str] = set()
         self._beyond_limit = threading.Lock()
         self._forced: set[int] = set()
@@ -154,7 +155,7 @@ class ShardCache:
         return descriptor
 
     def _is_right(self, path: Path, wanted: Wanted) -> bool:
-        if not self._verify or wanted.digest in self._verified:
+        if not self.verify or wanted.digest in self._verified:
             return True
         if file_xxh3_128(path) != wanted.digest:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -57,6 +58,21 @@ class Corpus:
     def tokens(self, shard: Shard) -> Iterator[npt.NDArray[Any]]:
         """All token ids of a shard, for as long as the block lasts; they are mapped, not read."""
         yield np.load(self.token_path(shard), mmap_mode="r", allow_pickle=False)
+
+    def open_ends(self, shard: Shard) -> io.RawIOBase:
+        """The file of a shard's document ends, at the first of them."""
+        file = self.end_path(shard).open("rb", buffering=0)
+        file.seek(shard.end_bytes - shard.documents * END_DTYPE.itemsize)
+        return file
+
+    def ends(self, shard: Shard) -> npt.NDArray[np.uint64]:
+        """The document ends of a shard; they are mapped, not read."""
+        ends: npt.NDArray[np.uint64] = np.load(self.end_path(shard), mmap_mode="r", allow_pickle=False)
+        return ends
+
+    def some_tokens(self, shard: Shard, start: int, stop: int) -> npt.NDArray[Any]:
+        """Token ids `start` to `stop` (exclusive) of a shard."""
+        return np.array(np.load(self.token_path(shard), mmap_mode="r", allow_pickle=False)[start:stop])
 
 
 def open_split(folder: Path, split: Split, verify: bool = False) -> Corpus:
@@ -161,13 +177,19 @@ def _verify(corpus: Corpus, shard: Shard) -> None:
     for path, digest in ((token_path, shard.token_xxh3_128), (end_path, shard.end_xxh3_128)):
         if file_xxh3_128(path) != digest:
             raise UserError(f"{path}: damaged: its content is not what the manifest recorded (xxh3-128)\n{AGAIN}")
-    tokens = np.load(token_path, mmap_mode="r", allow_pickle=False)
-    for start in range(0, len(tokens), _CHECK_TOKENS):
-        largest = int(tokens[start : start + _CHECK_TOKENS].max())
-        if largest >= corpus.manifest.vocab_size:
-            raise UserError(
-                f"{token_path}: token id {largest} outside the vocabulary of {corpus.manifest.vocab_size}\n{AGAIN}"
-            )
-    ends = np.load(end_path, mmap_mode="r", allow_pickle=False)
+    check_ids(np.load(token_path, mmap_mode="r", allow_pickle=False), corpus.manifest.vocab_size, token_path)
+    check_ends(corpus.ends(shard), shard, end_path)
+
+
+def check_ids(ids: npt.NDArray[Any], vocab_size: int, named: str | Path) -> None:
+    """Raises UserError for ids that are outside the vocabulary."""
+    for start in range(0, len(ids), _CHECK_TOKENS):
+        largest = int(ids[start : start + _CHECK_TOKENS].max())
+        if largest >= vocab_size:
+            raise UserError(f"{named}: token id {largest} outside the vocabulary of {vocab_size}\n{AGAIN}")
+
+
+def check_ends(ends: npt.NDArray[np.uint64], shard: Shard, named: str | Path) -> None:
+    """Raises UserError where they are not in order up to the shard's last token."""
     if int(ends[-1]) != shard.tokens or int(ends[0]) == 0 or bool((ends[1:] <= ends[:-1]).any()):
-        raise UserError(f"{end_path}: document ends are not in order up to {shard.tokens}\n{AGAIN}")
+        raise UserError(f"{named}: document ends are not in order up to {shard.tokens}\n{AGAIN}")

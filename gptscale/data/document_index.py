@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gptscale.data.corpus import Corpus
+from gptscale.data.remote import AnyCorpus
 from gptscale.data.shards import Manifest, PartRecord
 
 
@@ -35,7 +35,7 @@ class SourceRange(NamedTuple):
 class DocumentIndex:
     """The documents of one split. Files are looked into, never read whole."""
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: AnyCorpus) -> None:
         self.corpus = corpus
         shards = corpus.manifest.shards
         self._first_token = np.concatenate([[0], np.cumsum([shard.tokens for shard in shards])])
@@ -62,14 +62,11 @@ class DocumentIndex:
 
     def first_tokens(self, span: DocumentSpan, most: int) -> npt.NDArray[Any]:
         """At most so many token ids from a document's beginning."""
-        tokens = np.load(self.corpus.token_path(self.corpus.manifest.shards[span.shard]), mmap_mode="r")
-        return np.array(tokens[span.start : min(span.stop, span.start + most)])
+        shard = self.corpus.manifest.shards[span.shard]
+        return self.corpus.some_tokens(shard, span.start, min(span.stop, span.start + most))
 
     def _open_ends(self, shard: int) -> npt.NDArray[np.uint64]:
-        ends: npt.NDArray[np.uint64] = np.load(
-            self.corpus.end_path(self.corpus.manifest.shards[shard]), mmap_mode="r", allow_pickle=False
-        )
-        return ends
+        return self.corpus.ends(self.corpus.manifest.shards[shard])
 
 
 def source_of(part: PartRecord) -> str:

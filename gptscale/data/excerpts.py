@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptscale.data.corpus import Corpus
 from gptscale.data.document_index import DocumentIndex, SourceRange, source_ranges
+from gptscale.data.remote import AnyCorpus
+from gptscale.data.shards import token_file
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
 
@@ -30,7 +31,7 @@ class Excerpt:
     """Whether `text` is all of it."""
 
 
-def excerpts(corpus: Corpus) -> tuple[Excerpt, ...]:
+def excerpts(corpus: AnyCorpus) -> tuple[Excerpt, ...]:
     """A few documents of each of the largest sources, at even distances over the documents of that source."""
     index = DocumentIndex(corpus)
     tokenizer = Tokenizer.load(corpus.tokenizer_path)
@@ -43,7 +44,7 @@ def excerpts(corpus: Corpus) -> tuple[Excerpt, ...]:
     )
 
 
-def _by_source(corpus: Corpus) -> list[list[SourceRange]]:
+def _by_source(corpus: AnyCorpus) -> list[list[SourceRange]]:
     """The ranges of each source, the largest source first."""
     groups: dict[str, list[SourceRange]] = {}
     for one in source_ranges(corpus.manifest):
@@ -73,8 +74,8 @@ def _excerpt(index: DocumentIndex, tokenizer: Tokenizer, source: str, number: in
     try:
         text = tokenizer.decode(ids)
     except ValueError as error:
-        path = index.corpus.token_path(index.corpus.manifest.shards[span.shard])
-        raise UserError(f"{path}: damaged ({error})\nprepare the text again, or copy the file again") from error
+        named = f"{index.corpus.folder}/{index.corpus.split}/{token_file(index.corpus.manifest.shards[span.shard])}"
+        raise UserError(f"{named}: damaged ({error})\nprepare the text again, or copy the file again") from error
     return Excerpt(
         source=source,
         shard=index.corpus.manifest.shards[span.shard].name,

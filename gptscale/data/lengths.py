@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gptscale.data.corpus import Corpus
+from gptscale.data.remote import AnyCorpus
 from gptscale.data.shards import END_DTYPE, end_file
 from gptscale.flow import Shard
 from gptscale.runtime.errors import UserError
@@ -55,7 +55,7 @@ class Lengths:
     """From the shortest document to the longest; edges at 1, 2 and 5 times powers of ten."""
 
 
-def document_lengths(corpus: Corpus, most_documents: int = MOST_DOCUMENTS) -> Lengths:
+def document_lengths(corpus: AnyCorpus, most_documents: int = MOST_DOCUMENTS) -> Lengths:
     """Of all shards, or of evenly spread ones with about `most_documents` documents.
 
     A quantile is the smallest length that so many documents do not exceed. Raises UserError where the ends of
@@ -87,12 +87,11 @@ def _chosen(shards: Sequence[Shard], most_documents: int) -> list[Shard]:
     return [shards[(2 * number + 1) * len(shards) // (2 * wanted)] for number in range(wanted)]
 
 
-def _shard_lengths(corpus: Corpus, shard: Shard) -> Iterator[Ints]:
+def _shard_lengths(corpus: AnyCorpus, shard: Shard) -> Iterator[Ints]:
     """Some at a time: nothing is mapped, and the buffer is used again."""
     ends = np.empty(_AT_ONCE, dtype=END_DTYPE)
     before = np.zeros(1, dtype=END_DTYPE)
-    with corpus.end_path(shard).open("rb", buffering=0) as file:
-        file.seek(shard.end_bytes - shard.documents * END_DTYPE.itemsize)
+    with corpus.open_ends(shard) as file:
         while got := file.readinto(ends.data):
             part = ends[: got // END_DTYPE.itemsize]
             lengths = np.diff(part, prepend=before).astype(np.int64)  # what is not in order wraps to below 0

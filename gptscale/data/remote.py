@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,19 @@ import numpy.typing as npt
 
 from gptscale.config.schema import DataConfig
 from gptscale.data.cache import ShardCache, Wanted
-from gptscale.data.corpus import AGAIN, Corpus, open_split, parse_manifest, read_manifest
-from gptscale.data.shards import MANIFEST, Manifest, Split, end_file, token_file
+from gptscale.data.corpus import (
+    AGAIN,
+    Corpus,
+    check_ends,
+    check_file,
+    check_ids,
+    open_split,
+    parse_manifest,
+    read_manifest,
+)
+from gptscale.data.shards import END_DTYPE, MANIFEST, Manifest, Split, end_file, token_file
 from gptscale.data.store import is_remote
-from gptscale.data.transfer import Check, RemoteStore, go_on
+from gptscale.data.transfer import Check, Range, RemoteStore, go_on
 from gptscale.flow import Shard
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import write_bytes_atomically
@@ -58,6 +69,52 @@ class RemoteCorpus:
                 yield np.memmap(file, dtype, mode="r", offset=header_bytes, shape=(shard.tokens,))
         finally:
             self.cache.release(descriptor)
+
+    def open_ends(self, shard: Shard) -> io.BytesIO:
+        """The file of a shard's document ends, at the first of them. Fetched whole, and checked."""
+        file = io.BytesIO(self._end_file(shard))
+        file.seek(shard.end_bytes - shard.documents * END_DTYPE.itemsize)
+        return file
+
+    def ends(self, shard: Shard) -> npt.NDArray[np.uint64]:
+        """The document ends of a shard. Fetched whole, and checked."""
+        ends: npt.NDArray[np.uint64] = np.load(io.BytesIO(self._end_file(shard)), allow_pickle=False)
+        return ends
+
+    def some_tokens(self, shard: Shard, start: int, stop: int) -> npt.NDArray[Any]:
+        """Token ids `start` to `stop` (exclusive) of a shard. Nothing but these is fetched, so nothing is checked."""
+        return self.stretches([(shard, start, stop)])[0]
+
+    def stretches(self, wanted: Sequence[tuple[Shard, int, int]]) -> list[npt.NDArray[Any]]:
+        """`some_tokens` of several stretches at once."""
+        dtype = np.dtype(self.manifest.dtype)
+        ranges = []
+        for shard, start, stop in wanted:
+            begins = shard.token_bytes - shard.tokens * dtype.itemsize
+            places = begins + start * dtype.itemsize, begins + stop * dtype.itemsize
+            ranges.append(Range(f"{self.split}/{token_file(shard)}", *places, shard.token_bytes))
+        return [np.frombuffer(data, dtype) for data in self.store.read_ranges(ranges, self.cache.check)]
+
+    def verify(self) -> None:
+        """Fetch every file and check it as `open_split` would, leaving nothing behind. Raises UserError."""
+        for shard in self.manifest.shards:
+            name = f"{self.split}/{token_file(shard)}"
+            with self._fetched(name, shard.token_bytes, shard.token_xxh3_128) as path:
+                check_file(path, shard.token_bytes, np.dtype(self.manifest.dtype), shard.tokens)
+                ids = np.load(path, mmap_mode="r", allow_pickle=False)
+                check_ids(ids, self.manifest.vocab_size, self.store.url(name))
+            check_ends(self.ends(shard), shard, self.store.url(f"{self.split}/{end_file(shard)}"))
+
+    def _end_file(self, shard: Shard) -> bytes:
+        with self._fetched(f"{self.split}/{end_file(shard)}", shard.end_bytes, shard.end_xxh3_128) as path:
+            return path.read_bytes()
+
+    @contextmanager
+    def _fetched(self, name: str, size: int, digest: str) -> Iterator[Path]:
+        """An object as a file, for as long as the block lasts."""
+        with tempfile.NamedTemporaryFile(dir=self.cache.folder) as file:
+            self.store.fetch(name, size, digest, Path(file.name), self.cache.check)
+            yield Path(file.name)
 
 
 AnyCorpus = Corpus | RemoteCorpus

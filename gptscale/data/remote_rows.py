@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptscale.data.cache import Wanted
-from gptscale.data.corpus import check_file
+from gptscale.data.corpus import check_file, check_ids
 from gptscale.data.order import Ints
 from gptscale.data.remote import AnyCorpus, RemoteCorpus
 from gptscale.data.rows import RowReader
@@ -19,6 +19,23 @@ def row_reader(corpus: AnyCorpus, sequence_length: int, keep_tails: bool = False
     if isinstance(corpus, RemoteCorpus):
         return RemoteRowReader(corpus, sequence_length, keep_tails)
     return RowReader(corpus, sequence_length, keep_tails)
+
+
+class RangeRowReader(RowReader):
+    """As `RowReader`, of text in a store: fetches the rows themselves and not their shards, and keeps nothing.
+
+    For whoever looks at a few: a row costs a request, and nothing vouches for what comes.
+    """
+
+    corpus: RemoteCorpus
+
+    def read(self, rows: Ints) -> tuple[npt.NDArray[Any], Ints]:
+        wanted = []
+        for row in rows.tolist():
+            number, ((start, count),) = self.stretches(row)
+            wanted.append((self.corpus.manifest.shards[number], start, start + count))
+        found = self.corpus.stretches(wanted)
+        return np.stack(found), np.full(len(rows), found[0].size - 1)
 
 
 class RemoteRowReader(RowReader):
@@ -58,6 +75,10 @@ class RemoteRowReader(RowReader):
             shard = self.corpus.manifest.shards[number]
             self._files[number] = self.corpus.cache.hold(self.corpus.wanted(shard), self.check)
             if number not in self._checked:  # the right content, but is it what the rest of the manifest says
-                check_file(self.corpus.token_path(shard), shard.token_bytes, self._dtype, shard.tokens)
+                path = self.corpus.token_path(shard)
+                check_file(path, shard.token_bytes, self._dtype, shard.tokens)
+                if self.corpus.cache.verify:
+                    ids = np.load(path, mmap_mode="r", allow_pickle=False)
+                    check_ids(ids, self.corpus.manifest.vocab_size, self.corpus.wanted(shard).url)
                 self._checked.add(number)
         return self._files[number]

@@ -29,8 +29,8 @@ from gptscale.data.order import FULL, Ints, Located, Shuffle
 from gptscale.data.packed_rows import PackedRowReader
 from gptscale.data.packing import ALGORITHM
 from gptscale.data.read_ahead import ReadAhead
-from gptscale.data.remote import AnyCorpus, open_corpus
-from gptscale.data.remote_rows import RemoteRowReader, row_reader
+from gptscale.data.remote import AnyCorpus, RemoteCorpus, open_corpus
+from gptscale.data.remote_rows import RangeRowReader, RemoteRowReader, row_reader
 from gptscale.data.rows import RowReader, Rows
 from gptscale.data.stages import Mixture, StagedOrder, StageText, Track, with_copies
 from gptscale.data.transfer import Check, go_on
@@ -45,7 +45,7 @@ _WINDOW = 4096
 class Traced(NamedTuple):
     """Where a sample comes from."""
 
-    corpus: Corpus
+    corpus: AnyCorpus
     epoch: int
     """How often all of the corpus was read before, from 0."""
     sample: int
@@ -72,18 +72,19 @@ class TrainingStream:
         packed: bool = False,
         boundary_loss: bool = True,
         cache: ShardCache | None = None,
+        few: bool = False,
     ) -> None:
         """Opens and checks the `train` split of every corpus; `verify` also hashes their shards. Raises UserError.
 
         With `document_mask` batches say where documents begin; without `boundary_loss` their first tokens are no
         targets; rows are `packed` from whole documents, or cut from their concatenation. `cache` is for corpora at an
-        address.
+        address; with `few` no shard of these is fetched, but every row that is asked for.
 
         What is read from the start on comes first, and then, each from its own start on, what `stages` say. `exact` is
         of mixtures: see `mixture_table`.
         """
         texts = [StageText(0, corpora, sequence_length, seed), *stages]
-        opened = _open(texts, verify, exact, packed, cache)
+        opened = _open(texts, verify, exact, packed, cache, few)
         mixtures, first = opened.mixtures, opened.mixtures[0]
         order = StagedOrder(mixtures, shuffle)
         self._readers = {number: opened.readers[track] for track, number in order.numbers.items()}
@@ -139,19 +140,11 @@ class TrainingStream:
         return Rows(tokens, used, starts) if self._packed else Rows(tokens)
 
     def trace(self, positions: Ints) -> list[Traced]:
-        """Where each sample comes from: for whoever looks at a step. Slower than reading it.
-
-        Raises UserError where the text is not on this host.
-        """
+        """Where each sample comes from: for whoever looks at a step. Slower than reading it."""
         found = self._located(positions)
         traced = []
         for number, epoch, sample in np.stack([found.corpus, found.epoch, found.sample], axis=1).tolist():
             reader = self._readers[number]
-            if not isinstance(reader.corpus, Corpus):
-                raise UserError(
-                    f"{reader.corpus.folder}: the text is in a store, and is looked into on this host\n"
-                    "copy the folder here, and name that"
-                )
             traced.append(Traced(reader.corpus, epoch, sample, *reader.stretches(sample)))
         return traced
 
@@ -215,14 +208,16 @@ class _Opened(NamedTuple):
     readers: dict[Track, RowReader | PackedRowReader]
 
 
-def _open(texts: Sequence[StageText], verify: bool, exact: bool, packed: bool, cache: ShardCache | None) -> _Opened:
+def _open(
+    texts: Sequence[StageText], verify: bool, exact: bool, packed: bool, cache: ShardCache | None, few: bool
+) -> _Opened:
     """The text of every stage, each folder opened once. Raises UserError."""
     paths = dict.fromkeys(corpus.path for text in texts for corpus in text.corpora)
     opened = {path: open_corpus(path, "train", verify, cache) for path in paths}
     _refuse_mixed_tokenizers(list(opened.values()))
     found = _Opened([], {})
     for text in texts:
-        readers = [_reader(opened[corpus.path], text.sequence_length, packed) for corpus in text.corpora]
+        readers = [_reader(opened[corpus.path], text.sequence_length, packed, few) for corpus in text.corpora]
         for reader in readers:
             if reader.count == 0:
                 raise UserError(
@@ -243,8 +238,10 @@ def _open(texts: Sequence[StageText], verify: bool, exact: bool, packed: bool, c
     return found
 
 
-def _reader(corpus: AnyCorpus, sequence_length: int, packed: bool) -> RowReader | PackedRowReader:
+def _reader(corpus: AnyCorpus, sequence_length: int, packed: bool, few: bool) -> RowReader | PackedRowReader:
     if not packed:
+        if few and isinstance(corpus, RemoteCorpus):
+            return RangeRowReader(corpus, sequence_length)
         return row_reader(corpus, sequence_length)
     if not isinstance(corpus, Corpus):
         raise UserError(

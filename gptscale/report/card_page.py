@@ -44,7 +44,7 @@ def write_card(path: Path, data: DataSummary) -> None:
 
 def render(data: DataSummary, now: datetime) -> str:
     """The page as text. `now` is what it says of itself; everything else comes from the folder."""
-    name = printable(data.folder.resolve().name, 80)
+    name = printable(Path(data.folder).resolve().name, 80)
     parts = [
         ("sources", "Sources", _sources(data)),
         ("licences", "Licences", _licences(data.train)),

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptscale.data.corpus import open_split, read_manifest
+from gptscale.data.cache import ShardCache
 from gptscale.data.document_index import source_of
 from gptscale.data.excerpts import Excerpt, excerpts
 from gptscale.data.lengths import Lengths, document_lengths
+from gptscale.data.remote import RemoteCorpus, fetch_manifest, open_corpus
 from gptscale.data.shards import MANIFEST, SPLITS, Manifest, PartRecord
 from gptscale.runtime.errors import UserError
 
@@ -55,7 +56,8 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class DataSummary:
-    folder: Path
+    folder: str
+    """Or its address."""
     train: SplitSummary
     heldout: SplitSummary
     excerpts: tuple[Excerpt, ...]
@@ -95,21 +97,25 @@ def is_prepared(folder: Path) -> bool:
     return any((folder / split / MANIFEST).is_file() for split in SPLITS)
 
 
-def read_summary(folder: Path, verify: bool = False) -> DataSummary:
-    """Raises UserError where a manifest is missing or damaged; damage of other files is in the summary.
+def read_summary(folder: str | Path, verify: bool = False, cache: ShardCache | None = None) -> DataSummary:
+    """Of a folder here, or of one at an address, by way of `cache`.
 
-    Takes the time and memory of reading the manifests and the document ends; `verify` reads every file.
+    Raises UserError where a manifest is missing or damaged; damage of other files is in the summary. Takes the time and
+    memory of reading the manifests and the document ends; `verify` reads every file.
     """
-    train, heldout = read_manifest(folder, "train"), read_manifest(folder, "heldout")
+    train, heldout = (fetch_manifest(folder, split, cache) for split in SPLITS)
     try:
-        opened = [open_split(folder, split, verify) for split in SPLITS]
+        opened = [open_corpus(folder, split, verify, cache) for split in SPLITS]
+        for corpus in opened:
+            if verify and isinstance(corpus, RemoteCorpus):
+                corpus.verify()
         lengths = [document_lengths(corpus) for corpus in opened]
         samples = excerpts(opened[0])
     except UserError as error:
         damaged = summarised(train, None), summarised(heldout, None)
-        return DataSummary(folder, *damaged, excerpts=(), verified=False, damage=error)
+        return DataSummary(str(folder), *damaged, excerpts=(), verified=False, damage=error)
     sound = summarised(train, lengths[0]), summarised(heldout, lengths[1])
-    return DataSummary(folder, *sound, excerpts=samples, verified=verify, damage=None)
+    return DataSummary(str(folder), *sound, excerpts=samples, verified=verify, damage=None)
 
 
 def summarised(manifest: Manifest, lengths: Lengths | None) -> SplitSummary:

@@ -170,8 +170,10 @@ def stage_texts(settings: TrainRoot, folders: tuple[CorpusConfig, ...]) -> tuple
     return tuple(found)
 
 
-def open_stream(settings: TrainRoot, check: Check = go_on) -> TrainingStream:
-    """The training samples of a run: position → row, whatever the ranks. Raises UserError."""
+def open_stream(settings: TrainRoot, check: Check = go_on, few: bool = False) -> TrainingStream:
+    """The training samples of a run: position → row, whatever the ranks. Of text in a store, `few` of them without
+    their shards. Raises UserError.
+    """
     data, folders = settings.data, corpus_configs(settings)
     stages = stage_texts(settings, folders)
     paths = [corpus.path for corpora in (folders, *(stage.corpora for stage in stages)) for corpus in corpora]
@@ -187,6 +189,7 @@ def open_stream(settings: TrainRoot, check: Check = go_on) -> TrainingStream:
         packed=data.packing == "best_fit",
         boundary_loss=data.boundary_loss,
         cache=cache_for(data, paths, check),
+        few=few,
     )
 
 

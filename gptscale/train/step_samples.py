@@ -5,8 +5,6 @@ A pure function of the settings, as the training's own order is, so that it tell
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
@@ -36,7 +34,7 @@ def view_step(settings: TrainRoot, step: int, ranks: int, rank: int | None, limi
     start = plan.samples_after(step - 1)
     batch = plan.batch(start)
     rows = _rows(settings, batch, ranks, rank)
-    stream = open_stream(settings)
+    stream = open_stream(settings, few=True)
     try:
         chosen = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)[: limit or None]
         return StepView(
@@ -108,11 +106,11 @@ def _hash(stream: TrainingStream, start: int, samples: int) -> int:
 def _views(stream: TrainingStream, positions: npt.NDArray[np.int64]) -> list[SampleView]:
     tokenizer = Tokenizer.load(stream.tokenizer_path)
     names = {token: name for name, token in tokenizer.special.items()}
-    looked_into: dict[Path, tuple[DocumentIndex, tuple[SourceRange, ...]]] = {}
+    looked_into: dict[str, tuple[DocumentIndex, tuple[SourceRange, ...]]] = {}
     views = []
     for position, traced in zip(positions.tolist(), stream.trace(positions), strict=True):
         row_T = stream.rows(np.array([position]))[0]
-        folder = traced.corpus.folder
+        folder = str(traced.corpus.folder)
         if folder not in looked_into:
             looked_into[folder] = DocumentIndex(traced.corpus), source_ranges(traced.corpus.manifest)
         documents, ranges = looked_into[folder]
@@ -120,7 +118,7 @@ def _views(stream: TrainingStream, positions: npt.NDArray[np.int64]) -> list[Sam
         views.append(
             SampleView(
                 position=position,
-                corpus=str(folder),
+                corpus=folder,
                 source=source_at(ranges, documents.place(traced.shard, start)),
                 epoch=traced.epoch,
                 sample=traced.sample,
