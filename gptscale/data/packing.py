@@ -21,13 +21,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gptscale.data.corpus import Corpus
-from gptscale.data.shards import file_xxh3_128
+from gptscale.data.shards import Manifest, Split, file_xxh3_128
 from gptscale.flow import Shard
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.files import fsync_folder, write_bytes_atomically
@@ -36,6 +36,17 @@ from gptscale.runtime.locks import FileLock
 LOG = logging.getLogger(__name__)
 ALGORITHM = "best-fit-v1"
 PLAN = "plan.json"
+HEADER_BYTES = 128
+"""Of a plan's .npy files."""
+
+
+class PlanFile(NamedTuple):
+    """A file of a plan, as the plan records it."""
+
+    name: str
+    size: int
+    digest: str
+    """xxh3-128."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,13 @@ class PackingPlan:
         return sum(shard.rows for shard in self.shards)
 
 
+def packing_name(split: Split, length: int) -> str:
+    """Of the folder with the plan, below the prepared one."""
+    return f"{split}/packing/best-fit-{length}"
+
+
 def packing_folder(corpus: Corpus, length: int) -> Path:
-    return corpus.folder / corpus.split / "packing" / f"best-fit-{length}"
+    return corpus.folder / packing_name(corpus.split, length)
 
 
 def piece_file(shard: Shard) -> str:
@@ -75,11 +91,21 @@ def row_file(shard: Shard) -> str:
     return f"{shard.name}.row.npy"
 
 
-def ensure_packed(corpus: Corpus, length: int, report: Callable[[int, int], None] | None = None) -> PackingPlan:
+def plan_files(shard: Shard, packed: PackedShard) -> tuple[PlanFile, PlanFile]:
+    """Both files of a shard's plan: rows, and pieces."""
+    return (
+        PlanFile(row_file(shard), HEADER_BYTES + 8 * (packed.rows + 1), packed.row_xxh3_128),
+        PlanFile(piece_file(shard), HEADER_BYTES + 16 * packed.pieces, packed.piece_xxh3_128),
+    )
+
+
+def ensure_packed(
+    corpus: Corpus, length: int, report: Callable[[int, int], None] | None = None, verify: bool = False
+) -> PackingPlan:
     """The plan of a split for rows of `length` inputs; made now if it is not there. Safe to call from many processes.
 
-    `report` is called with the shards planned so far and all. Raises UserError where the folder cannot be written, or
-    holds a plan that is damaged.
+    `report` is called with the shards planned so far and all. `verify` is as `open_plan`'s. Raises UserError where the
+    folder cannot be written, or holds a plan that is damaged.
     """
     folder = packing_folder(corpus, length)
     if not (folder / PLAN).exists():
@@ -96,24 +122,35 @@ def ensure_packed(corpus: Corpus, length: int, report: Callable[[int, int], None
                 f"{folder}: the packing plan cannot be written there ({error.strerror})\n"
                 "make room there, and the folder writable, for one run; or set data.packing=cut"
             ) from error
-    return open_plan(corpus, length)
+    return open_plan(corpus, length, verify)
 
 
-def open_plan(corpus: Corpus, length: int) -> PackingPlan:
-    """The plan that lies beside the shards, its files checked against their checksums. Raises UserError."""
+def open_plan(corpus: Corpus, length: int, verify: bool = False) -> PackingPlan:
+    """The plan that lies beside the shards. Its files are there and have the right sizes; with `verify` they are read
+    and compared with their checksums, too. Raises UserError.
+    """
     folder = packing_folder(corpus, length)
     again = f"remove {folder}: it is made again"
+    plan = parse_plan((folder / PLAN).read_bytes(), str(folder / PLAN), corpus.manifest, length, again)
+    for shard, packed in zip(corpus.manifest.shards, plan.shards, strict=True):
+        for file in plan_files(shard, packed):
+            path = folder / file.name
+            if not path.exists() or path.stat().st_size != file.size:
+                raise UserError(f"{path}: missing or damaged (it is to have {file.size} bytes)\n{again}")
+            if verify and file_xxh3_128(path) != file.digest:
+                raise UserError(f"{path}: damaged (xxh3-128)\n{again}")
+    return plan
+
+
+def parse_plan(data: bytes, named: str, manifest: Manifest, length: int, again: str) -> PackingPlan:
+    """The plan in a file called `named`, if it is one for these shards. Raises UserError, with `again` as the fix."""
     try:
-        fields: dict[str, Any] = json.loads((folder / PLAN).read_bytes())
+        fields: dict[str, Any] = json.loads(data)
         plan = PackingPlan(**fields | {"shards": tuple(PackedShard(**shard) for shard in fields["shards"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / PLAN}: damaged ({type(error).__name__}: {error})\n{again}") from error
-    if (plan.algorithm, plan.length, plan.corpus) != (ALGORITHM, length, corpus.manifest.identity):
-        raise UserError(f"{folder / PLAN}: a plan for other shards than those beside it\n{again}")
-    for shard, packed in zip(corpus.manifest.shards, plan.shards, strict=True):
-        for name, digest in ((piece_file(shard), packed.piece_xxh3_128), (row_file(shard), packed.row_xxh3_128)):
-            if not (folder / name).exists() or file_xxh3_128(folder / name) != digest:
-                raise UserError(f"{folder / name}: missing or damaged (xxh3-128)\n{again}")
+        raise UserError(f"{named}: damaged ({type(error).__name__}: {error})\n{again}") from error
+    if (plan.algorithm, plan.length, plan.corpus) != (ALGORITHM, length, manifest.identity):
+        raise UserError(f"{named}: a plan for other shards than those beside it\n{again}")
     return plan
 
 

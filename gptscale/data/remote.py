@@ -156,7 +156,7 @@ def fetch_manifest(path: str | Path, split: Split, cache: ShardCache | None = No
     store, cache = _opened(path, cache)
     name = f"{split}/{MANIFEST}"
     try:
-        data = _agreed(store, name, cache.check)
+        data = agreed(store, name, cache.check)
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: {store.url(name)} is missing: not prepared text, or not copied to its end\n"
@@ -170,7 +170,7 @@ def fetch_manifest(path: str | Path, split: Split, cache: ShardCache | None = No
     return manifest
 
 
-def _agreed(store: RemoteStore, name: str, check: Check) -> bytes:
+def agreed(store: RemoteStore, name: str, check: Check) -> bytes:
     """An object that nothing vouches for: what it says twice in a row."""
     data = store.read(name, check)
     for _ in range(store.patience.refetches + 1):

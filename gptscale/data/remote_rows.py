@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,14 @@ class RangeRowReader(RowReader):
         found = self.corpus.stretches(wanted)
         return np.stack(found), np.full(len(rows), found[0].size - 1)
 
+    def fill(self, wanted: Sequence[tuple[npt.NDArray[Any], int, int]]) -> None:
+        shards = self.corpus.manifest.shards
+        found = self.corpus.stretches(
+            [(shards[number], first, first + target.size) for target, number, first in wanted]
+        )
+        for (target, _, _), tokens in zip(wanted, found, strict=True):
+            target[:] = tokens
+
 
 class RemoteRowReader(RowReader):
     """As `RowReader`, with one shard held in the cache at a time, and none between two reads."""
@@ -48,6 +57,8 @@ class RemoteRowReader(RowReader):
         self.check: Check = go_on
         """Asked while a shard is waited for; raises to end that."""
         self._checked: set[int] = set()
+        self.most_in_shard = int(np.diff(self._first_row).max())
+        """Rows of the shard that has most."""
 
     def read(self, rows: Ints) -> tuple[npt.NDArray[Any], Ints]:
         """As `RowReader.read`, each shard's rows together. Raises UserError where a shard cannot be had."""
@@ -59,6 +70,13 @@ class RemoteRowReader(RowReader):
         finally:
             self.close()
         return rows_NT[back], targets[back]
+
+    def fill(self, wanted: Sequence[tuple[npt.NDArray[Any], int, int]]) -> None:
+        """As `RowReader.fill`, each shard's tokens together."""
+        try:
+            super().fill(sorted(wanted, key=lambda one: one[1]))
+        finally:
+            self.close()
 
     def wanted(self, rows: Ints) -> list[Wanted]:
         """The shards that hold these rows, each once."""

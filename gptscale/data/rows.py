@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -106,11 +107,12 @@ class RowReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def read_into(self, target: npt.NDArray[Any], number: int, first: int) -> None:
-        """Fill `target` with the tokens from `first` on of shard `number`."""
-        offset = int(self._header_bytes[number]) + first * self._dtype.itemsize
-        if os.preadv(self._file(number), [target.data], offset) != target.nbytes:
-            self._refuse(number, offset + target.nbytes)
+    def fill(self, wanted: Sequence[tuple[npt.NDArray[Any], int, int]]) -> None:
+        """Fill arrays with tokens: of each the shard's number, and the first token there."""
+        for target, number, first in wanted:
+            offset = int(self._header_bytes[number]) + first * self._dtype.itemsize
+            if os.preadv(self._file(number), [target.data], offset) != target.nbytes:
+                self._refuse(number, offset + target.nbytes)
 
     def _refuse(self, number: int, end: int) -> NoReturn:
         raise UserError(

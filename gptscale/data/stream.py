@@ -23,10 +23,9 @@ from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
 from gptscale.data.batches import BatchMaker
 from gptscale.data.cache import ShardCache, Wanted
-from gptscale.data.corpus import Corpus
 from gptscale.data.mixture import mixture_table
 from gptscale.data.order import FULL, Ints, Located, Shuffle
-from gptscale.data.packed_rows import PackedRowReader
+from gptscale.data.packed_rows import PackedRowReader, RemotePackedRowReader, packed_row_reader
 from gptscale.data.packing import ALGORITHM
 from gptscale.data.read_ahead import ReadAhead
 from gptscale.data.remote import AnyCorpus, RemoteCorpus, open_corpus
@@ -88,6 +87,11 @@ class TrainingStream:
         mixtures, first = opened.mixtures, opened.mixtures[0]
         order = StagedOrder(mixtures, shuffle)
         self._readers = {number: opened.readers[track] for track, number in order.numbers.items()}
+        self._remote = {
+            number: reader
+            for number, reader in self._readers.items()
+            if isinstance(reader, RemoteRowReader | RemotePackedRowReader)
+        }
         for reader in self._readers.values():
             reader.share_files(len(self._readers))
         self._packed = packed
@@ -149,39 +153,34 @@ class TrainingStream:
         return traced
 
     def wanted(self, positions: Ints) -> list[Wanted]:
-        """The shards in stores that hold the samples at `positions`, each once."""
+        """The files in stores that hold the samples at `positions`, each once."""
         located = self._located(positions)
         return [
             wanted
-            for number, reader in self._readers.items()
-            if isinstance(reader, RemoteRowReader)
+            for number, reader in self._remote.items()
             for wanted in reader.wanted(located.sample[located.corpus == number])
         ]
 
     def check_while_waiting(self, check: Check) -> None:
         """Ask `check` from now on while a shard of a store is waited for; what it raises ends that."""
-        for reader in self._readers.values():
-            if isinstance(reader, RemoteRowReader):
-                reader.check = check
+        for reader in self._remote.values():
+            reader.check = check
 
     @property
     def cache(self) -> ShardCache | None:
         """Where shards of stores come to; None where all corpora are here."""
-        remote = (one for one in self._readers.values() if isinstance(one, RemoteRowReader))
-        return next((one.corpus.cache for one in remote), None)
+        return next((reader.corpus.cache for reader in self._remote.values()), None)
 
     @property
     def remote_bytes(self) -> int:
         """Of all training shards in stores together."""
-        corpora = {one.corpus.folder: one.corpus for one in self._readers.values() if isinstance(one, RemoteRowReader)}
+        corpora = {reader.corpus.folder: reader.corpus for reader in self._remote.values()}
         return sum(shard.token_bytes for corpus in corpora.values() for shard in corpus.manifest.shards)
 
     @property
     def sequences_in_remote_shard(self) -> int:
         """How many sequences the largest shard in stores holds; 0 where all text is here."""
-        remote = [(number, one) for number, one in self._readers.items() if isinstance(one, RemoteRowReader)]
-        shards = ((self._lengths[number], shard) for number, one in remote for shard in one.corpus.manifest.shards)
-        return max((shard.tokens // length for length, shard in shards), default=0)
+        return max((reader.most_in_shard for reader in self._remote.values()), default=0)
 
     def close(self) -> None:
         for reader in self._readers.values():
@@ -217,7 +216,7 @@ def _open(
     _refuse_mixed_tokenizers(list(opened.values()))
     found = _Opened([], {})
     for text in texts:
-        readers = [_reader(opened[corpus.path], text.sequence_length, packed, few) for corpus in text.corpora]
+        readers = [_reader(opened[corpus.path], text.sequence_length, verify, packed, few) for corpus in text.corpora]
         for reader in readers:
             if reader.count == 0:
                 raise UserError(
@@ -238,17 +237,14 @@ def _open(
     return found
 
 
-def _reader(corpus: AnyCorpus, sequence_length: int, packed: bool, few: bool) -> RowReader | PackedRowReader:
-    if not packed:
-        if few and isinstance(corpus, RemoteCorpus):
-            return RangeRowReader(corpus, sequence_length)
-        return row_reader(corpus, sequence_length)
-    if not isinstance(corpus, Corpus):
-        raise UserError(
-            f"{corpus.folder}: rows are packed from text on this host, and that is in a store\n"
-            "copy the folder here, or set data.packing=cut"
-        )
-    return PackedRowReader(corpus, sequence_length)
+def _reader(
+    corpus: AnyCorpus, sequence_length: int, verify: bool, packed: bool, few: bool
+) -> RowReader | PackedRowReader:
+    if packed:
+        return packed_row_reader(corpus, sequence_length, verify, few)
+    if few and isinstance(corpus, RemoteCorpus):
+        return RangeRowReader(corpus, sequence_length)
+    return row_reader(corpus, sequence_length)
 
 
 def _identity(mixture: Mixture) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from gptscale.config.schema import CorpusConfig
 from gptscale.config.step_plan import StepPlan
 from gptscale.data.corpus import open_split
 from gptscale.data.heldout import HeldoutBatches
-from gptscale.data.packed_rows import PackedRowReader
+from gptscale.data.packed_rows import packed_row_reader
 from gptscale.data.packing import ALGORITHM, ensure_packed
 from gptscale.data.stream import StepFeed, TrainingStream
 from gptscale.flow import IGNORED_TARGET
@@ -63,7 +63,7 @@ def test_an_epoch_of_packed_rows_predicts_every_token_of_every_document_once(pre
 
 def test_packed_rows_fill_up_with_what_is_no_target(prepared: Path) -> None:
     corpus = open_split(prepared, "train")
-    reader = PackedRowReader(corpus, LENGTH)
+    reader = packed_row_reader(corpus, LENGTH)
     assert reader.count == ensure_packed(corpus, LENGTH).rows
     rows = reader.rows(np.arange(reader.count))
     assert rows.used is not None

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptscale.cli.main import main
+from gptscale.config.schema import CorpusConfig
 from gptscale.data import packing
 from gptscale.data.corpus import Corpus, open_split
 from gptscale.data.packing import PLAN, ensure_packed, pack, packing_folder
+from gptscale.data.stream import TrainingStream
 from gptscale.runtime.errors import UserError
 from tests.helpers.text import documents, write_jsonl
 
@@ -117,9 +119,14 @@ def test_damage_is_named(prepared: Path, tmp_path: Path) -> None:
     folder = packing_folder(corpus, 64)
     victim = folder / "shard-00000.piece.npy"
     healthy = victim.read_bytes()
+    for content in (healthy[:-1], healthy + b"0", None):
+        victim.unlink() if content is None else victim.write_bytes(content)
+        with pytest.raises(UserError, match=r"piece.npy: missing or damaged.*\nremove .*best-fit-64"):
+            ensure_packed(corpus, 64)
     victim.write_bytes(healthy[:-1] + bytes([healthy[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"piece.npy: missing or damaged.*\nremove .*best-fit-64"):
-        ensure_packed(corpus, 64)
+    ensure_packed(corpus, 64)
+    with pytest.raises(UserError, match=r"piece.npy: damaged \(xxh3-128\)\nremove .*best-fit-64"):
+        TrainingStream((CorpusConfig(str(corpus.folder)),), 64, 0, verify=True, packed=True)
     victim.write_bytes(healthy)
     plan = json.loads((folder / PLAN).read_text())
     (folder / PLAN).write_text(json.dumps(plan | {"corpus": "0" * 64}))

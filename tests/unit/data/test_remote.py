@@ -24,7 +24,7 @@ from gptscale.data.prepare import prepare
 from gptscale.data.remote import cache_for, open_corpus
 from gptscale.data.remote_rows import RemoteRowReader, row_reader
 from gptscale.data.rows import RowReader
-from gptscale.data.shards import Split
+from gptscale.data.shards import Split, file_xxh3_128
 from gptscale.data.stream import StepFeed, TrainingStream
 from gptscale.data.transfer import Patience, until_stopped
 from gptscale.evaluate.bigram import bigram_loss
@@ -205,7 +205,8 @@ def test_little_room_for_an_order_of_all_shards_is_said(
     stream = stream_of([address], cache)
     assert stream.remote_bytes == sum(shard.token_bytes for shard in stream._readers[0].corpus.manifest.shards) > 0
     whole = stream.sequences_in_remote_shard
-    assert whole == max(shard.tokens for shard in stream._readers[0].corpus.manifest.shards) // stream.sequence_length
+    most = max(shard.tokens for shard in stream._readers[0].corpus.manifest.shards)
+    assert whole == (most - 1) // stream.sequence_length
     block = DataConfig(cache_bytes=1000, order="block", block_sequences=whole)
     for data in (DataConfig(), DataConfig(cache_bytes=10**9), block):
         warn_of_little_room(data, stream)
@@ -214,6 +215,24 @@ def test_little_room_for_an_order_of_all_shards_is_said(
     assert "data.cache_bytes=1000 holds a part of the" in caplog.text
     warn_of_little_room(replace(block, block_sequences=whole // 4), stream)
     assert f"begin with data.block_sequences={whole}" in caplog.text
+
+
+def test_ids_beyond_the_vocabulary_are_found_by_verify(s3: S3, prepared: Path, tmp_path: Path) -> None:
+    """In a shard whose hash is right: whoever made it, made it wrong."""
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    path = copy / "train/shard-00001.tok.npy"
+    ids = np.load(path)
+    ids[-1] = 60_000
+    np.save(path, ids)
+    manifest = json.loads((copy / "train/manifest.json").read_text())
+    manifest["shards"][1]["token_xxh3_128"] = file_xxh3_128(path)
+    (copy / "train/manifest.json").write_text(json.dumps(manifest))
+    address = s3.upload(copy, "beyond")
+    rows = np.arange(reader(address, ShardCache(tmp_path / "a", patience=QUICK)).count)
+    reader(address, ShardCache(tmp_path / "b", patience=QUICK)).read(rows)
+    with pytest.raises(UserError, match=r"beyond/train/shard-00001.tok.npy: token id 60000 outside the vocabulary"):
+        reader(address, ShardCache(tmp_path / "c", verify=True, patience=QUICK)).read(rows)
 
 
 def test_a_damaged_copy_here(address: str, prepared: Path, cache: ShardCache, proxy: Proxy) -> None:
