@@ -93,6 +93,7 @@ def input_key(part: Part) -> dict[str, Any]:
         "files": [[file, *fingerprint(address(part.root, file))] for file in part.files],
         "range": [part.start, part.stop],
         "version": part.version,
+        **({"state": part.state} if part.state else {}),
     }
 
 

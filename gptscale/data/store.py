@@ -16,6 +16,8 @@ from gptscale.runtime.errors import UserError
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 _READ_AHEAD = 1 << 22
+_LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3", "azure"}
+"""That speak to stores."""
 
 
 def is_remote(path: str) -> bool:
@@ -104,6 +106,12 @@ def explained(named: str) -> Iterator[None]:
             f"{named}: the store cannot be read: {first_line(error)}\n"
             "correct the address, or its credentials in the environment"
         ) from error
+
+
+def is_stores_failure(error: Exception) -> bool:
+    """Whether it comes from the network or the store, and not from a mistake here. Each store's library has errors of
+    its own; those of the system, time-outs among them, are `OSError`."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _LIBRARIES
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from gptscale.data.sources.parquet import find_parquet, read_parquet
 from gptscale.data.sources.part import Document, Format, Part
 from gptscale.data.sources.stdlib import find_stdlib
 from gptscale.data.sources.tokens import find_megatron, find_tokens, read_megatron, read_tokens
-from gptscale.data.store import find_remote, is_remote
+from gptscale.data.store import address, find_remote, first_line, is_remote, is_stores_failure
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.registry import Registry
 
@@ -50,8 +50,17 @@ def read_part(part: Part) -> Iterator[Document]:
     """The documents of a part in order. Raises UserError naming the file and line of what cannot be read."""
     try:
         yield from FORMATS.get(part.format).read(part)
-    except (PermissionError, FileNotFoundError) as error:
-        raise UserError(f"{error.filename}: {error.strerror}\nmake it readable, or leave it out") from error
+    except UserError:
+        raise
+    except Exception as error:
+        if is_remote(part.root) and is_stores_failure(error):
+            raise UserError(
+                f"{address(part.root, part.name)}: the store cannot be read: {first_line(error)}\n"
+                "check network and credentials, and start again: parts that are finished are kept"
+            ) from error
+        if isinstance(error, PermissionError | FileNotFoundError):
+            raise UserError(f"{error.filename}: {error.strerror}\nmake it readable, or leave it out") from error
+        raise
 
 
 def _format(source: SourceConfig, key: str) -> str:

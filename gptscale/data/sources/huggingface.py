@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gptscale.config.schema import SourceConfig
 from gptscale.data.sources.part import Document, Part
+from gptscale.data.store import fingerprint
 from gptscale.runtime.errors import UserError
 
 _UNKNOWN_SIZE = 1 << 26
@@ -20,6 +23,7 @@ def find_huggingface(source: SourceConfig, key: str) -> tuple[Part, ...]:
         raise UserError(f"{key}.path: a Hugging Face dataset needs a name or a local path\nset {key}.path")
     try:
         dataset = _load(source)
+        state = _state(source)
     except (OSError, ValueError, RuntimeError) as error:  # datasets raises these for "not found", offline, wrong split
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -48,6 +52,7 @@ def find_huggingface(source: SourceConfig, key: str) -> tuple[Part, ...]:
             version=str(dataset.info.version or ""),
             start=shard,
             stop=shards,
+            state=state,
         )
         for shard in range(shards)
     )
@@ -70,8 +75,7 @@ def _load(source: SourceConfig) -> Any:
     """The dataset as a stream of records, never shuffled."""
     import datasets
 
-    path = Path(source.path)
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+    if _is_saved(source):
         saved = datasets.load_from_disk(source.path)
         if isinstance(saved, datasets.DatasetDict):
             if source.split not in saved:
@@ -79,6 +83,29 @@ def _load(source: SourceConfig) -> Any:
             saved = saved[source.split]
         return saved.to_iterable_dataset(num_shards=max(1, -(-len(saved) // _MOST_ROWS_A_SHARD)))
     return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+
+
+def _is_saved(source: SourceConfig) -> bool:
+    """Whether it is what `save_to_disk` wrote."""
+    return any((Path(source.path) / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def _state(source: SourceConfig) -> str:
+    """A hash of what the library knows of the files behind the dataset without reading them: a commit of the hub, a
+    time of change. Empty where it knows nothing: of a dataset that a program makes."""
+    import datasets
+
+    if _is_saved(source):
+        files = sorted(path for path in Path(source.path).rglob("*") if path.is_file())
+        known: Any = [[str(file), *fingerprint(str(file))] for file in files]
+    else:
+        by_split = datasets.load_dataset_builder(source.path, source.subset).config.data_files or {}
+        known = [
+            [list(files), list(getattr(files, "origin_metadata", ()))]
+            for split, files in by_split.items()
+            if str(split) == source.split
+        ]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest() if known else ""
 
 
 def _text_bytes(dataset: Any, split: str) -> int:

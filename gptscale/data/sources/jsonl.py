@@ -45,8 +45,8 @@ def read_jsonl(part: Part) -> Iterator[Document]:
                 if line.strip():
                     yield Document(f"{file}@{offset}", _text(where, offset, line, part.source.text_key))
     except (EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
+        if isinstance(error, OSError) and (error.errno is not None or isinstance(error, TimeoutError)):
+            raise  # it is not the file that is to blame
         raise UserError(f"{where}: broken compressed file ({error})\nfetch or compress it again") from error
 
 

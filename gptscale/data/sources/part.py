@@ -39,6 +39,8 @@ class Part:
     version: str
     start: int = 0
     stop: int = 0
+    state: str = ""
+    """What changes when the input does, of a source without `files`; empty where nothing tells."""
 
 
 @dataclass(frozen=True)

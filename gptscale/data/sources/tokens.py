@@ -18,6 +18,8 @@ from gptscale.data.sources.part import Document, Part, part_bytes
 from gptscale.data.store import address, input_bytes, open_input
 from gptscale.runtime.errors import UserError
 
+_LONGEST = 1 << 27
+"""Ids of a document: more, and the id that closes them is most likely another."""
 _AT_ONCE = 1 << 20
 """Token ids read together."""
 
@@ -104,6 +106,11 @@ def read_tokens(part: Part) -> Iterator[Document]:
                     return
             if open_parts is not None:
                 open_parts.append(ids[start:])
+                if place + len(ids) - began > _LONGEST:
+                    raise UserError(
+                        f"{where}: no id {end} in {_LONGEST:,} ids from {began:,} on, and a document is read whole\n"
+                        "set the source's end_of_text to the id that closes documents"
+                    )
             place += len(ids)
         if open_parts and sum(map(len, open_parts)):
             yield Document(f"{file}@{began}", "", np.concatenate(open_parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import pyarrow
@@ -12,7 +13,8 @@ from pyarrow import parquet
 
 from gptscale.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from gptscale.data.prepare import corpus_folder, prepare
-from gptscale.data.sources import find_parts, read_part
+from gptscale.data.sources import Part, files, find_parts, jsonl, read_part
+from gptscale.data.sources import parquet as parquet_source
 from gptscale.data.store import fingerprint
 from gptscale.runtime.errors import UserError
 from tests.helpers.text import contents, documents, write_jsonl
@@ -112,3 +114,32 @@ def test_what_a_store_does_not_give_is_named(path: str, says: str) -> None:
     what, fix = str(refused.value).splitlines()
     assert what.startswith(f"data.sources[0].path={path}: ")
     assert says in what or says in fix
+
+
+class _ClientPayloadError(Exception):
+    """As aiohttp has it: no OSError."""
+
+    __module__ = "aiohttp.client_exceptions"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"])
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), OSError(5, "EIO"), _ClientPayloadError("cut off")])
+def test_a_store_that_fails_as_text_is_read_is_not_the_texts_fault(
+    name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = Part(name, SourceConfig(), FORMAT_OF[Path(name).suffixes[0]], "memory://texts", (name,), 10, "", "", 0, 10)
+    raised: list[Exception] = [error]
+
+    def fails(where: str) -> BinaryIO:
+        raise raised[0]
+
+    for module in (files, jsonl, parquet_source):
+        monkeypatch.setattr(module, "open_input", fails)
+    with pytest.raises(UserError, match=rf"memory://texts/{name}: the store cannot be read: .*\ncheck network"):
+        list(read_part(part))
+    raised[0] = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(read_part(part))
+
+
+FORMAT_OF = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text"}

@@ -6,6 +6,7 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -13,6 +14,7 @@ from pyarrow import parquet
 
 from gptscale.config.schema import SourceConfig
 from gptscale.data.sources import Document, Part, debian, find_parts, part, read_part
+from gptscale.data.spill import input_key
 from gptscale.runtime.errors import UserError
 from tests.helpers.text import documents, write_jsonl
 
@@ -257,6 +259,32 @@ def test_huggingface_reads_what_save_to_disk_wrote(tmp_path: Path, offline: None
     assert texts(SourceConfig(path=str(tmp_path / "one"), format="huggingface")) == ["x", "y"]
     assert texts(SourceConfig(path=str(tmp_path / "dict"), format="huggingface", split="validation")) == ["x", "y"]
     assert "it has: validation" in refusal(SourceConfig(path=str(tmp_path / "dict"), format="huggingface"))
+
+
+def test_a_huggingface_dataset_that_changes_is_another(tmp_path: Path, offline: None) -> None:
+    """Of as many rows and under the same name: what was tokenised of it before does not count."""
+    import datasets
+
+    (tmp_path / "set").mkdir()
+    files = SourceConfig(path=str(tmp_path / "set"), format="huggingface")
+    saved = SourceConfig(path=str(tmp_path / "saved"), format="huggingface")
+
+    def keys() -> list[Any]:
+        return [input_key(part) for source in (files, saved) for part in find_parts(source, "data.sources[0]")]
+
+    def write(text: str, time_ns: int) -> None:
+        _parquet(tmp_path / "set/train.parquet", [text])
+        datasets.Dataset.from_dict({"text": [text]}).save_to_disk(tmp_path / "saved")
+        for path in tmp_path.rglob("*"):
+            os.utime(path, ns=(time_ns, time_ns))
+
+    write("x", 10**18)
+    first = keys()
+    assert keys() == first
+    write("y", 10**18 + 10**9)
+    assert all(now != before for now, before in zip(keys(), first, strict=True))
+    write("x", 10**18)
+    assert keys() == first
 
 
 # text at hand

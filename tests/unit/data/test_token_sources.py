@@ -18,7 +18,8 @@ from gptscale.data.corpus import open_split
 from gptscale.data.megatron import open_index, write_megatron
 from gptscale.data.prepare import prepare
 from gptscale.data.shards import SPLITS
-from gptscale.data.sources import find_parts, part, read_part
+from gptscale.data.sources import find_parts, part, read_part, tokens
+from gptscale.data.sources.tokens import find_tokens, read_tokens
 from gptscale.runtime.errors import UserError
 from gptscale.tokenizer import Tokenizer
 from gptscale.tokenizer.train import train_tokenizer
@@ -281,3 +282,16 @@ def test_parts_of_a_dataset_cover_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     parts: list[part.Part] = list(find_parts(SourceConfig(path=str(tmp_path / "megatron"), format="megatron"), "x"))
     assert [(one.start, one.stop) for one in parts] == [(0, 2), (2, 4), (4, 5)]
     assert [document.tokens.tolist() for one in parts for document in read_part(one)] == DOCUMENTS  # type: ignore[union-attr]
+
+
+def test_ids_without_an_end_are_not_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_LONGEST", 50_000)
+    monkeypatch.setattr(tokens, "_AT_ONCE", 1000)
+    ids = np.full(200_000, 7, dtype=np.uint16)
+    ids[[20_000, 69_000]] = 1
+    ids.tofile(tmp_path / "a.bin")
+    found = find_tokens(SourceConfig(path=str(tmp_path / "a.bin"), format="tokens", end_of_text=1), "data.sources[0]")
+    reading = read_tokens(found[0])
+    assert [len(next(reading).tokens) for _ in range(2)] == [20_000, 48_999]  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"a\.bin: no id 1 in 50,000 ids from 69,001 on.*\nset the source's end_of"):
+        next(reading)
