@@ -41,6 +41,7 @@ class ProgressEvent:
     tokens: int = 0
     """Of the parts done."""
     bytes_done: int = 0
+    """Those of parts that are not done yet included, where their format tells."""
     bytes: int = 0
     """Of input, as far as it is known."""
     bytes_before: int = 0
@@ -135,7 +136,11 @@ class Preparation:
         )
         self._report(progress)
         jobs = {key: TokeniseJob(part, key, self._recipe) for key, part in missing.items()}
-        for key, result in self._pool.run(tokenise_part, jobs, lambda job: job.part.input_bytes):
+
+        def watch(in_flight: int) -> None:
+            self._report(replace(progress, bytes_done=min(progress.bytes_done + in_flight, progress.bytes)))
+
+        for key, result in self._pool.run(tokenise_part, jobs, lambda job: job.part.input_bytes, watch):
             progress = replace(
                 progress,
                 parts_done=progress.parts_done + 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 import types
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -12,11 +13,12 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
-from gptscale.data.worker_process import start_worker
+from gptscale.data.worker_process import start_worker, told_of_reading, work
 from gptscale.runtime.errors import UserError
 from gptscale.runtime.registry import loaded_plugins
 
 _INLINE_BYTES = 1 << 20
+_WATCH_EVERY_S = 1.0
 _AHEAD = 2
 """Jobs begun or waiting for each process: one waiting, so that none pauses between two."""
 
@@ -40,16 +42,23 @@ class WorkerPool:
         self.close()
 
     def run(
-        self, function: Callable[[Job], Result], jobs: Mapping[Key, Job], size: Callable[[Job], int]
+        self,
+        function: Callable[[Job], Result],
+        jobs: Mapping[Key, Job],
+        size: Callable[[Job], int],
+        watch: Callable[[int], None] = lambda in_flight: None,
     ) -> Generator[tuple[Key, Result]]:
         """What `function`, a module's own, returns for each job, yielded as they are finished. Raises what it does.
 
-        `size` says how many bytes a job reads. Little is done here, in order.
+        `size` says how many bytes a job reads. Little is done here, in order. `watch` is called about once a second
+        with how many bytes of jobs that are not finished were read, as far as `note_read` tells; it may raise.
         """
         count = min(self._workers, len(jobs))
         if count <= 1 or sum(map(size, jobs.values())) < _INLINE_BYTES:
             for key, job in jobs.items():
-                yield key, function(job)
+                with told_of_reading(_now_and_then(watch)):
+                    result = function(job)
+                yield key, result
             return
         pool = self._started(count)
         # The largest first, so that none is begun last and keeps the others waiting.
@@ -59,10 +68,12 @@ class WorkerPool:
             while True:
                 for key, job in islice(waiting, _AHEAD * count - len(running)):
                     with _no_main_module():
-                        running[pool.submit(function, job)] = key
+                        running[pool.submit(work, function, job)] = key
                 if not running:
                     return
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                done, _ = wait(running, timeout=_WATCH_EVERY_S, return_when=FIRST_COMPLETED)
+                if not done:
+                    watch(self._in_flight.value)
                 for future in done:
                     yield running.pop(future), future.result()
         except BrokenProcessPool as error:
@@ -81,12 +92,29 @@ class WorkerPool:
         if self._pool is None or self._processes < count:
             self.close()
             context = multiprocessing.get_context("spawn")
-            self._stop = context.Event()
+            self._stop, self._in_flight = context.Event(), context.Value("q", 0)
             self._processes = count
             self._pool = ProcessPoolExecutor(
-                count, mp_context=context, initializer=start_worker, initargs=(self._stop, loaded_plugins())
+                count,
+                mp_context=context,
+                initializer=start_worker,
+                initargs=(self._stop, self._in_flight, loaded_plugins()),
             )
         return self._pool
+
+
+def _now_and_then(watch: Callable[[int], None]) -> Callable[[int], None]:
+    """For `note_read` of one job that is done here."""
+    read, called_s = 0, time.monotonic()
+
+    def tell(count: int) -> None:
+        nonlocal read, called_s
+        read += count
+        if time.monotonic() - called_s >= _WATCH_EVERY_S:
+            called_s = time.monotonic()
+            watch(read)
+
+    return tell
 
 
 @contextmanager

@@ -17,9 +17,12 @@ from gptscale.config.schema import SourceConfig
 from gptscale.data.sources.files import input_files
 from gptscale.data.sources.part import Document, Part, part_bytes
 from gptscale.data.store import address, input_bytes, open_input
+from gptscale.data.worker_process import note_read
 from gptscale.runtime.errors import UserError
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_NOTED_EVERY = 1 << 20
+"""Bytes of text."""
 
 
 def find_jsonl(source: SourceConfig, key: str) -> tuple[Part, ...]:
@@ -40,10 +43,15 @@ def read_jsonl(part: Part) -> Iterator[Document]:
     (file,) = part.files
     where = address(part.root, file)
     try:
-        with _open(where) as stream:
-            for offset, line in _lines(stream, part, compressed=file.endswith((".gz", ".zst"))):
+        compressed = file.endswith((".gz", ".zst"))
+        with open_input(where) as raw, _text_of(raw, where) as stream:
+            noted, read = 0, 0 if compressed else part.start
+            for offset, line in _lines(stream, part, compressed):
                 if line.strip():
                     yield Document(f"{file}@{offset}", _text(where, offset, line, part.source.text_key))
+                if offset - noted >= _NOTED_EVERY:
+                    noted, before, read = offset, read, raw.tell()
+                    note_read(read - before)
     except (EOFError, OSError) as error:
         if isinstance(error, OSError) and (error.errno is not None or isinstance(error, TimeoutError)):
             raise  # it is not the file that is to blame
@@ -51,18 +59,18 @@ def read_jsonl(part: Part) -> Iterator[Document]:
 
 
 @contextmanager
-def _open(where: str) -> Iterator[BinaryIO]:
-    with open_input(where) as raw:
-        if where.endswith(".gz"):
-            with gzip.open(raw, "rb") as stream:
-                yield cast(BinaryIO, stream)
-        elif where.endswith(".zst"):
-            import pyarrow
+def _text_of(raw: BinaryIO, where: str) -> Iterator[BinaryIO]:
+    """What the file that is open as `raw` holds, uncompressed."""
+    if where.endswith(".gz"):
+        with gzip.open(raw, "rb") as stream:
+            yield cast(BinaryIO, stream)
+    elif where.endswith(".zst"):
+        import pyarrow
 
-            with io.BufferedReader(pyarrow.input_stream(raw, compression="zstd")) as stream:
-                yield cast(BinaryIO, stream)
-        else:
-            yield raw
+        with io.BufferedReader(pyarrow.input_stream(raw, compression="zstd")) as stream:
+            yield cast(BinaryIO, stream)
+    else:
+        yield raw
 
 
 def _lines(stream: BinaryIO, part: Part, compressed: bool) -> Iterator[tuple[int, bytes]]:
@@ -111,7 +119,7 @@ def _text(where: str, offset: int, line: bytes, text_key: str) -> str:
 def _refusal(where: str, offset: int, wrong: str, fix: str) -> UserError:
     """Counts lines only now that there is a complaint: a range does not know the number of its first line."""
     left, line = offset, 1
-    with _open(where) as stream:
+    with open_input(where) as raw, _text_of(raw, where) as stream:
         while left:
             block = stream.read(min(left, 1 << 20))
             line += block.count(b"\n")

@@ -172,10 +172,10 @@ def test_progress_tells_stages_parts_and_tokens(big_text: Path, tmp_path: Path) 
     parts = events[-1].parts
     shards = len(done.train.shards) + len(done.heldout.shards)
     assert shards > 5
-    expected = ["tokenizer", *["tokenise"] * (parts + 1), *["merge"] * (shards + 1), "done"]
-    assert [event.stage for event in events] == expected
+    assert list(dict.fromkeys(event.stage for event in events)) == ["tokenizer", "tokenise", "merge", "done"]
     tokenising = [event for event in events if event.stage == "tokenise"]
-    assert [event.parts_done for event in tokenising] == list(range(parts + 1))
+    # On a slow machine some come while a part is at work.
+    assert list(dict.fromkeys(event.parts_done for event in tokenising)) == list(range(parts + 1))
     assert [event.bytes_done for event in tokenising] == sorted(event.bytes_done for event in tokenising)
     assert tokenising[-1].bytes_done == tokenising[-1].bytes == sum(path.stat().st_size for path in big_text.iterdir())
     assert [(event.parts_done, event.parts) for event in events if event.stage == "merge"] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 from gptscale.config.schema import DataConfig, FilterConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from gptscale.data import workers
 from gptscale.data.corpus import open_split
 from gptscale.data.prepare import ProgressEvent, corpus_folder, ensure_prepared, prepare, prepare_task
 from gptscale.runtime.errors import UserError
@@ -238,6 +240,42 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, settings: str) -> No
     assert peaks[1] - peaks[0] < text_growth / 2, peaks
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_large_part_tells_how_far_it_is_and_can_be_stopped(
+    tmp_path: Path, vocabulary: TokenizerConfig, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    """A compressed file is one part, whatever its size: hours of work, here seconds. One is read in this process."""
+    monkeypatch.setattr(workers, "_WATCH_EVERY_S", 0.01)
+    data = "".join(json.dumps({"text": text}) + "\n" for text in documents(1500, words=600)).encode()
+    for number in range(files):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / f"text/{number}.jsonl.gz").write_bytes(gzip.compress(data, 1))
+    size = sum(path.stat().st_size for path in (tmp_path / "text").iterdir())
+    assert len(data) > 4 << 20, "enough to be told of several times"
+    assert size > 1 << 20, "enough for processes"
+    settings = DataConfig((SourceConfig(path=str(tmp_path / "text")),), workers=2)
+    seen: list[ProgressEvent] = []
+
+    class EnoughError(Exception):
+        pass
+
+    def stop_within(event: ProgressEvent) -> None:
+        if event.stage == "tokenise" and 0 < event.bytes_done < size // 2 and not event.parts_done:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        prepare(settings, vocabulary, tmp_path / "out", stop_within)
+    assert not (tmp_path / ".out.partial").exists(), "no part was finished"
+    prepare(settings, vocabulary, tmp_path / "out", seen.append)
+    within = [event.bytes_done for event in seen if event.stage == "tokenise" and not event.parts_done]
+    assert len(set(within)) > 3
+    assert within == sorted(within)
+    assert within[0] == 0
+    assert within[-1] <= size
+    last = [event for event in seen if event.stage == "tokenise"][-1]
+    assert (last.parts_done, last.bytes_done) == (files, size)
+
+
 # Begun again
 
 
@@ -278,7 +316,7 @@ def test_after_a_bad_line_is_mended_only_its_part_is_read_again(
         counted.append(event)
 
     prepare(data, vocabulary, tmp_path / "out", look)
-    assert [event.parts_done for event in counted if event.stage == "tokenise"] == [7, 8]
+    assert list(dict.fromkeys(event.parts_done for event in counted if event.stage == "tokenise")) == [7, 8]
     prepare(data, vocabulary, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     assert not (tmp_path / ".out.partial").exists()
