@@ -1,4 +1,4 @@
-"""Which documents go into which shard, and what is written then: against the rule done by hand, a document at a time."""
+"""Which documents go into which shard, and what is written then: against the rule done by hand, one at a time."""
 
 from __future__ import annotations
 

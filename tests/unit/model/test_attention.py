@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptscale.model import blocked_attention as blocked
 from gptscale.model.attention import AttentionKernel, attend
-from gptscale.model.blocked_attention import QUERY_BLOCK, blocked_attention
+from gptscale.model.blocked_attention import KEPT_TOKENS, QUERY_BLOCK, SMALL_QUERY_BLOCK, blocked_attention
 from gptscale.model.documents import Documents
 from gptscale.model.kernels import Case, KernelName, able
 from tests.helpers.attention import check_kernel, document_starts, packed, plain, random_qkv
@@ -20,6 +21,7 @@ from tests.helpers.memory import peak_bytes, saved_for_backward, storage_bytes
     [
         (1, (2, 2), 8),
         (20, (4, 4), 16),
+        (SMALL_QUERY_BLOCK + 1, (2, 2), 8),
         (QUERY_BLOCK, (2, 1), 8),
         (QUERY_BLOCK + 1, (4, 2), 12),
         (2 * QUERY_BLOCK + 57, (6, 2), 8),
@@ -31,7 +33,7 @@ def test_values_and_gradients(kernel: KernelName, tokens: int, heads: tuple[int,
 
 @pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 40, 10_000])
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("tokens", [20, 2 * QUERY_BLOCK + 57])
+@pytest.mark.parametrize("tokens", [20, 2 * QUERY_BLOCK - 57, 2 * QUERY_BLOCK + 57])
 def test_windows_and_documents(window: int | None, documents: bool, tokens: int) -> None:
     within = Documents(document_starts(1, tokens), "cpu") if documents else None
     case = Case.of(torch.empty(1, tokens, 1, 8), 0.0, window, within)
@@ -95,6 +97,32 @@ def test_choice_of_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert used(torch.bfloat16, 257, 0.0) == "sdpa"
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
+def test_probabilities_of_few_tokens_are_kept_for_backward(window: int | None, documents: bool) -> None:
+    """Kept or made again, they are the same."""
+
+    def results(tokens: int, dropout: float = 0.0) -> tuple[int, list[Tensor]]:
+        torch.manual_seed(3)
+        inputs = random_qkv(2, tokens, 4, 4, 16)
+        starts_BT = document_starts(2, tokens) if documents else None
+        y = blocked_attention(*inputs, dropout, window, starts_BT)
+        assert y.grad_fn is not None
+        kept = len(y.grad_fn.saved_tensors) - 3  # type: ignore[attr-defined]
+        return kept, [y.detach(), *torch.autograd.grad(y.square().sum(), inputs)]
+
+    kept, found = results(KEPT_TOKENS)
+    assert kept == 2 * KEPT_TOKENS // SMALL_QUERY_BLOCK
+    assert results(KEPT_TOKENS + 1)[0] == results(KEPT_TOKENS, 0.1)[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "KEPT_TOKENS", KEPT_TOKENS - 1)
+        kept, again = results(KEPT_TOKENS)
+    assert kept == 0
+    for one, other in zip(found, again, strict=True):
+        # Blocks are of another size then, so that sums are rounded in another order.
+        assert (one - other).abs().max() <= 2e-6 * other.abs().max()
+
+
 @pytest.mark.parametrize(
     ("kernel", "dropout", "window", "documents"),
     [
@@ -109,7 +137,7 @@ def test_choice_of_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_grows_with_tokens_and_not_with_their_square(
     kernel: AttentionKernel, dropout: float, window: int | None, documents: bool
 ) -> None:
-    heads, width, short, long = 4, 16, 256, 1024
+    heads, width, short, long = 4, 16, 2 * KEPT_TOKENS, 8 * KEPT_TOKENS
     saved, peaks = {}, {}
     for tokens in (short, long):
         q, k, v = random_qkv(1, tokens, heads, heads, width)

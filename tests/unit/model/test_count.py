@@ -58,16 +58,16 @@ def assert_operations(config: ModelConfig) -> None:
     ids = torch.randint(0, vocab, (batch, tokens + 1))
     ran = count_matmuls(lambda: model(ids[:, :-1], ids[:, 1:]).backward())
     assert ran.dense == 6 * matmul_parameter_count(config, vocab) * batch * tokens
-    # Attention's own products are the batched ones, seven a layer: six that count and one that makes scores again.
+    # Attention's own products are the batched ones, six a layer: of so few tokens no scores are made again.
     # A single block holds all queries here, so that T×T is computed, of which causality and windows use a part.
     width = config.heads * head_width(config)
-    assert ran.batched == 7 * 2 * config.layers * width * tokens * tokens * batch
+    assert ran.batched == 6 * 2 * config.layers * width * tokens * tokens * batch
     seen = 0
     for layer in range(config.layers):
         windowed = config.attention_pattern[layer % len(config.attention_pattern)] == "window"
         reach = config.window if windowed and config.window else tokens
         seen += sum(1 for query in range(tokens) for key in range(query + 1) if query - key < reach)
-    useful = ran.batched * 6 / 7 * seen / (config.layers * tokens * tokens)
+    useful = ran.batched * seen / (config.layers * tokens * tokens)
     # A whole number of operations a token, where the mean over tokens may be a fraction.
     assert flops_per_token(config, vocab, tokens) == round((ran.dense + useful) / (batch * tokens))
 

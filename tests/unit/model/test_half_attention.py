@@ -1,4 +1,4 @@
-"""Our attention in half precision on a CPU: torch's forward, our backward over operands laid out by heads."""
+"""Our attention in half precision on a CPU: over operands laid out by heads, and with AMX's units torch's forward."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ def found(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int | None) -> 
     return [y_BTHW.detach(), *torch.autograd.grad(y_BTHW, inputs, grad)]
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("tokens", [64, 600])
-def test_it_is_that_of_float64_and_contiguous(tokens: int, window: int | None) -> None:
-    """600 tokens are three blocks of queries, the last of them a short one."""
+@pytest.mark.parametrize("tokens", [64, 200, 600])
+def test_it_is_that_of_float64_and_contiguous(
+    tokens: int, window: int | None, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """600 tokens are three blocks of queries or more, the last of them a short one."""
+    # It chooses the way to compute; any CPU can take either.
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     generator = torch.Generator().manual_seed(0)
     half = [torch.randn(2, tokens, 4, 16, generator=generator).bfloat16() for _ in range(4)]
     expected = found(*(tensor.double() for tensor in half), window=window)
