@@ -16,6 +16,8 @@ from gptscale.runtime.errors import UserError
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 _READ_AHEAD = 1 << 22
+_WEB_MARKS = ("ETag", "Content-MD5", "Digest", "Last-Modified")
+"""Headers of which a web server changes some as the file changes."""
 _LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3", "azure"}
 """That speak to stores."""
 
@@ -54,7 +56,10 @@ def fingerprint(where: str) -> list[int | str]:
             return []  # the name of something else, to a source of one's own
         return [found.st_size, found.st_mtime_ns]
     store, path = store_of(where)
-    return [input_bytes(where), str(store.ukey(path))]
+    info = store.info(path)
+    # Of a web server the library's own key is the address alone.
+    says = [str(info[header]) for header in _WEB_MARKS if header in info] if where.startswith("http") else []
+    return [int(info["size"]), str(store.ukey(path)), *says]
 
 
 def find_remote(where: str, suffixes: tuple[str, ...], key: str) -> tuple[str, list[str]]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import BinaryIO
 
@@ -89,6 +93,26 @@ def test_a_file_that_changes_is_another(tmp_path: Path) -> None:
     memory.pipe("/b/a", b"two")
     for place, was in zip(places, before, strict=True):
         assert fingerprint(place) != was, place
+
+
+def test_a_file_that_changes_on_a_web_server_is_another(tmp_path: Path) -> None:
+    """Of the same size, under the same address."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    (tmp_path / "a").write_text("one")
+    os.utime(tmp_path / "a", (10**9, 10**9))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_address[1]}/a"
+        before = fingerprint(place)
+        assert fingerprint(place) == before
+        (tmp_path / "a").write_text("two")
+        os.utime(tmp_path / "a", (10**9 + 1, 10**9 + 1))
+        assert fingerprint(place) != before
+        server.shutdown()
 
 
 def test_the_folder_of_a_store_does_not_depend_on_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
