@@ -115,7 +115,7 @@ def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.T
     tokens_BT1 = batch.tokens_BT1
     if tokens_BT1.device != device:
         tokens_BT1 = tokens_BT1.to(device, non_blocking=True)
-    if tokens_BT1.dtype != torch.int64:
+    if tokens_BT1.dtype in (torch.uint16, torch.uint32):
         tokens_BT1 = tokens_BT1.long()
     inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
     if batch.silent_BT is not None:

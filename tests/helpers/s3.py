@@ -150,20 +150,13 @@ class S3:
 @contextmanager
 def s3_server() -> Iterator[S3]:
     """A server with an empty bucket. Credentials and the proxy's address are in this process's environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environ = {
         "AWS_ACCESS_KEY_ID": "canary-key",
         "AWS_SECRET_ACCESS_KEY": "canary-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process, port = _started()
     proxy = Proxy(port)
     environ["AWS_ENDPOINT_URL"] = proxy.url
     before = {name: os.environ.get(name) for name in environ}
@@ -171,7 +164,6 @@ def s3_server() -> Iterator[S3]:
     serving = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     serving.start()
     try:
-        _make_bucket(port, process)
         yield S3(proxy, environ)
     finally:
         proxy.forget()
@@ -186,15 +178,35 @@ def s3_server() -> Iterator[S3]:
                 os.environ[name] = value
 
 
-def _make_bucket(port: int, process: subprocess.Popen[bytes], timeout_s: float = 60) -> None:
+def _started(tries: int = 5) -> tuple[subprocess.Popen[bytes], int]:
+    """A server that answers, and its port. One that was free may be somebody else's by the time the server wants it."""
+    for _ in range(tries):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        if _make_bucket(port, process):
+            return process, port
+        process.kill()
+        process.wait()
+    raise AssertionError(f"the S3 server ended {tries} times")
+
+
+def _make_bucket(port: int, process: subprocess.Popen[bytes], timeout_s: float = 60) -> bool:
+    """Whether the server came up."""
     deadline_s = time.monotonic() + timeout_s
-    while True:
+    while process.poll() is None:
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
             connection.request("PUT", f"/{BUCKET}")
-            assert connection.getresponse().status == 200
-            return
+            if connection.getresponse().status == 200:
+                return process.poll() is None
         except OSError:
-            assert process.poll() is None, "the S3 server ended"
-            assert time.monotonic() < deadline_s, f"no S3 server after {timeout_s} s"
-            time.sleep(0.05)
+            pass
+        assert time.monotonic() < deadline_s, f"no S3 server after {timeout_s} s"
+        time.sleep(0.05)
+    return False

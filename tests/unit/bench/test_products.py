@@ -30,9 +30,8 @@ def test_forward_and_backward_multiply_as_often_as_the_formula_counts() -> None:
     """Two operations forward and four backward for every weight and token; within a fused kernel none is seen."""
     matrices = 6 * matmul_parameter_count(CONFIG, VOCABULARY) * ROWS * LENGTH
     assert recorded("sdpa").flops == matrices
-    # Of scores and of values, forward and each twice backward, and the scores once more, which are not kept; over the
-    # blocks that a causal mask leaves: here one.
-    attention = 7 * 2 * CONFIG.layers * ROWS * LENGTH * LENGTH * CONFIG.width
+    # Of scores and of values, forward and each twice backward; over the blocks that a causal mask leaves: here one.
+    attention = 6 * 2 * CONFIG.layers * ROWS * LENGTH * LENGTH * CONFIG.width
     assert recorded("blocked").flops == matrices + attention
 
 

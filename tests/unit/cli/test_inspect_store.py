@@ -98,15 +98,15 @@ def test_what_is_damaged_there_is_named(
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    address = s3.upload(copy, "damaged")
+    address = s3.upload(copy, "looked/damaged")
     said, _ = inspected(capsys, address)
     assert "verify=true reads them" in said
     said, errors = inspected(capsys, address, "verify=true", code=2)
     assert "DAMAGED" in said
     assert f"{address}/train/{path.name}" in errors
     path.unlink()
-    assert "missing" in inspected(capsys, s3.upload(copy, "missing"), code=2)[1]
-    assert "not prepared text" in inspected(capsys, s3.upload(copy / "heldout", "other"), code=2)[1]
+    assert "missing" in inspected(capsys, s3.upload(copy, "looked/missing"), code=2)[1]
+    assert "not prepared text" in inspected(capsys, s3.upload(copy / "heldout", "looked/other"), code=2)[1]
 
 
 def test_what_makes_no_sense_of_an_address(address: str, capsys: pytest.CaptureFixture[str]) -> None:

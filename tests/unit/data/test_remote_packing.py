@@ -96,7 +96,7 @@ def test_wrong_bytes_of_a_plan_are_fetched_again(folder: Path, address: str, cac
 def test_a_plan_that_is_not_right_is_named(s3: S3, folder: Path, tmp_path: Path, cache: ShardCache) -> None:
     def says(copy: Path, name: str) -> str:
         with pytest.raises(UserError) as error:
-            stream_of(s3.upload(copy, name), cache)
+            stream_of(s3.upload(copy, f"unpacked/{name}"), cache)
         message = str(error.value)
         assert len(message.splitlines()) == 2, message
         assert f"/{name}/train/packing/best-fit-{LENGTH}/" in message

@@ -73,7 +73,7 @@ def damaged(data: DataSummary) -> DataSummary:
 CARDS: dict[str, Callable[[DataSummary, Path], DataSummary]] = {
     "hostile": lambda data, _: data,
     "many sources": lambda data, _: many_sources(data),
-    "one length": lambda data, folder: one_length(folder / "one", data.folder / "tokenizer.model"),
+    "one length": lambda data, folder: one_length(folder / "one", Path(data.folder) / "tokenizer.model"),
     "damaged": lambda data, _: damaged(data),
 }
 
