@@ -12,6 +12,6 @@ import gptscale.parallel.zero  # noqa: E402
 import gptscale.train.loop  # noqa: E402, F401
 
 # What a rank's collector finds of all this may import something as it goes, in the midst of another import, at which
-# CPython 3.11 fails (KeyError in _ModuleLock, python/cpython#106176): ranks are not to look through it.
+# CPython before 3.12 fails (KeyError in _ModuleLock, python/cpython#91351): ranks are not to look through it.
 gc.collect()
 gc.freeze()
