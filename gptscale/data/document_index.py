@@ -33,7 +33,7 @@ class SourceRange(NamedTuple):
 
 
 class DocumentIndex:
-    """The documents of one split. Files are looked into, never read whole."""
+    """The documents of one split. Files are looked into, never read whole, but for document ends in a store."""
 
     def __init__(self, corpus: AnyCorpus) -> None:
         self.corpus = corpus

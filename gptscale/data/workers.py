@@ -28,18 +28,12 @@ Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """Up to `workers` processes. They start with the first work that is worth it, and end as the context is left."""
+    """Up to `workers` processes. They start with the first work that is worth it; `close` ends them."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._processes = 0
         self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> WorkerPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def run(
         self,

@@ -160,8 +160,8 @@ def rule(case: Case) -> KernelName:
     """The kernel that is taken without timing: torch's `sdpa` where it can, `blocked` elsewhere.
 
     And `blocked` in half precision up to `BLOCKED_MAX_TOKENS` tokens on a CPU that multiplies bf16 itself: forward and
-    backward were measured 1.6 times as fast at 256 tokens, and 1.2 times at 1,024, on one with AMX. Where products are
-    emulated it was measured 3 to 15 times slower.
+    backward were measured 1.6 times as fast at 256 tokens on one with AMX, before it kept probabilities, and twice on
+    one with AVX512-BF16. Where products are emulated it was measured 3 to 15 times slower.
     """
     short = case.dtype.itemsize == 2 and case.tokens <= BLOCKED_MAX_TOKENS
     short = short and case.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
