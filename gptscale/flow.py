@@ -8,7 +8,7 @@ Shape legend: B sequences of a micro-batch, T tokens of a sequence, T1 = T + 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,7 @@ class Position:
     skipped: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """One micro-batch of one data rank.
 
     `tokens_BT1` [B, T+1] are inputs, all but a row's last, and targets, all but its first: int64, or of the type that

@@ -128,7 +128,7 @@ def _turn(turns: Turns, reader: ReaderContender, work: Work, batches: int, sampl
 
 
 def _large_turn(turns: Turns, work: Work, samples: LargeSamples) -> None:
-    batches, middle = 3 * COMPARED_BATCHES, ORDER_TOKENS // work.sequence_length // work.batch // 2
+    batches, middle = 100 * COMPARED_BATCHES, ORDER_TOKENS // work.sequence_length // work.batch // 2
     read, _ = turns.take(None, "ours_large", "pass", work=work, batches=batches, resume_at=batches // 3)
     samples.passes.append(read)
     samples.resumes.append(turns.take(None, "ours_large", "resume", work=work, state=middle))

@@ -42,7 +42,7 @@ class Located:
     epoch: Ints
     sample: Ints
 
-    def take(self, indices: Ints) -> Located:
+    def take(self, indices: Ints | slice) -> Located:
         return Located(self.corpus[indices], self.epoch[indices], self.sample[indices])
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,16 +88,34 @@ class RemoteRowReader(RowReader):
         while self._files:
             self.corpus.cache.release(self._files.popitem()[1])
 
-    def _file(self, number: int) -> int:
+    def _at_once(self, shard: Ints) -> Iterable[slice]:
+        """Each shard's rows together."""
+        bounds = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(shard)]
+        return itertools.starmap(slice, itertools.pairwise(bounds))
+
+    def _descriptors(self, numbers: list[int]) -> list[int]:
+        (number,) = set(numbers)
         if number not in self._files:
             self.close()
-            shard = self.corpus.manifest.shards[number]
-            self._files[number] = self.corpus.cache.hold(self.corpus.wanted(shard), self.check)
-            if number not in self._checked:  # the right content, but is it what the rest of the manifest says
-                path = self.corpus.token_path(shard)
-                check_file(path, shard.token_bytes, self._dtype, shard.tokens)
-                if self.corpus.cache.verify:
-                    ids = np.load(path, mmap_mode="r", allow_pickle=False)
-                    check_ids(ids, self.corpus.manifest.vocab_size, self.corpus.wanted(shard).url)
-                self._checked.add(number)
-        return self._files[number]
+            self._files[number] = self._open(number)
+        return [self._files[number]] * len(numbers)
+
+    def _open(self, number: int) -> int:
+        shard = self.corpus.manifest.shards[number]
+        descriptor = self.corpus.cache.hold(self.corpus.wanted(shard), self.check)
+        if number not in self._checked:  # the right content, but is it what the rest of the manifest says
+            try:
+                self._check(number)
+            except BaseException:
+                self.corpus.cache.release(descriptor)
+                raise
+            self._checked.add(number)
+        return descriptor
+
+    def _check(self, number: int) -> None:
+        shard = self.corpus.manifest.shards[number]
+        path = self.corpus.token_path(shard)
+        check_file(path, shard.token_bytes, self._dtype, shard.tokens)
+        if self.corpus.cache.verify:
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)
+            check_ids(ids, self.corpus.manifest.vocab_size, self.corpus.wanted(shard).url)

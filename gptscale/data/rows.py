@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptscale.data.order import Ints
+from gptscale.data.reads import MOST_AT_ONCE, read_rows
 from gptscale.data.remote import AnyCorpus
 from gptscale.runtime.errors import UserError
 
@@ -45,17 +46,18 @@ class RowReader:
         self.corpus = corpus
         self._length = sequence_length
         self._dtype: np.dtype[Any] = np.dtype(corpus.manifest.dtype)
-        self._shard_tokens = np.array([shard.tokens for shard in corpus.manifest.shards], dtype=np.int64)
+        shards = corpus.manifest.shards
+        self._shard_tokens = np.array([shard.tokens for shard in shards], dtype=np.int64)
         per_shard = (self._shard_tokens - 1 + (sequence_length - 1 if keep_tails else 0)) // sequence_length
         self._first_row = np.concatenate([[0], np.cumsum(np.maximum(per_shard, 0))])
         self._first_token = np.concatenate([[0], np.cumsum(self._shard_tokens)])
         self.count = int(self._first_row[-1])
         """Rows there are."""
         self._header_bytes = np.array(
-            [shard.token_bytes - shard.tokens * self._dtype.itemsize for shard in corpus.manifest.shards],
-            dtype=np.int64,
+            [shard.token_bytes - shard.tokens * self._dtype.itemsize for shard in shards], dtype=np.int64
         )
         self._files: dict[int, int] = {}
+        """Descriptors of what is open, by number of the shard."""
         self.share_files(1)
 
     def share_files(self, readers: int) -> None:
@@ -76,17 +78,14 @@ class RowReader:
         shard = np.searchsorted(self._first_row, rows, side="right") - 1
         start = (rows - self._first_row[shard]) * self._length
         tokens = np.minimum(self._length + 1, self._shard_tokens[shard] - start)
-        item = self._dtype.itemsize
+        offsets, sizes = self._header_bytes[shard] + start * self._dtype.itemsize, tokens * self._dtype.itemsize
         out_NT = np.empty((len(rows), self._length + 1), dtype=self._dtype)
-        out_bytes, row_bytes = out_NT.reshape(-1).view(np.uint8).data, out_NT.shape[1] * item
-        offsets, sizes = self._header_bytes[shard] + start * item, tokens * item
-        # For every row of every step: no more than has to be.
-        files, read, place = self._files, os.preadv, 0
-        for number, offset, size in zip(shard.tolist(), offsets.tolist(), sizes.tolist(), strict=True):
-            descriptor = files[number] if number in files else self._file(number)
-            if read(descriptor, (out_bytes[place : place + size],), offset) != size:
-                self._refuse(number, offset + size)
-            place += row_bytes
+        out_bytes = out_NT.view(np.uint8)
+        for some in self._at_once(shard):
+            descriptors = self._descriptors(shard[some].tolist())
+            read = read_rows(descriptors, offsets[some], sizes[some], out_bytes[some])
+            for row in np.flatnonzero(read < sizes[some]).tolist():
+                self._refuse(int(shard[some][row]), int((offsets + sizes)[some][row]))
         for row in np.flatnonzero(tokens <= self._length).tolist():
             out_NT[row, tokens[row] :] = self.corpus.manifest.end_of_text
         return out_NT, tokens - 1
@@ -111,7 +110,7 @@ class RowReader:
         """Fill arrays with tokens: of each the shard's number, and the first token there."""
         for target, number, first in wanted:
             offset = int(self._header_bytes[number]) + first * self._dtype.itemsize
-            if os.preadv(self._file(number), [target.data], offset) != target.nbytes:
+            if os.preadv(self._descriptors([number])[0], [target.data], offset) != target.nbytes:
                 self._refuse(number, offset + target.nbytes)
 
     def _refuse(self, number: int, end: int) -> NoReturn:
@@ -120,15 +119,27 @@ class RowReader:
             "it became shorter while in use: restore it and start the run again"
         )
 
-    def _file(self, number: int) -> int:
-        if number in self._files:
-            return self._files[number]
-        if len(self._files) >= self._most_open:
-            os.close(self._files.pop(next(iter(self._files))))  # of a random order none is needed sooner
-        path = self.corpus.token_path(self.corpus.manifest.shards[number])
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._files[number] = descriptor
-        return descriptor
+    def _at_once(self, shard: Ints) -> Iterable[slice]:
+        """Rows that are read together, of as many shards as may be open; `shard` [N] is each row's."""
+        step = min(self._most_open, MOST_AT_ONCE)
+        return (slice(first, first + step) for first in range(0, len(shard), step))
+
+    def _descriptors(self, numbers: list[int]) -> list[int]:
+        """Of shards' files, opened if need be; of no more than may be open."""
+        files = self._files
+        try:
+            return [files[number] for number in numbers]  # nearly always
+        except KeyError:
+            needed = set(numbers)
+        surplus = len(files.keys() | needed) - self._most_open
+        for number in [number for number in files if number not in needed][: max(0, surplus)]:
+            os.close(files.pop(number))  # of a random order none is needed sooner
+        for number in needed - files.keys():
+            files[number] = self._open(number)
+        return [files[number] for number in numbers]
+
+    def _open(self, number: int) -> int:
+        return os.open(self.corpus.token_path(self.corpus.manifest.shards[number]), os.O_RDONLY | os.O_CLOEXEC)
 
 
 def document_starts(inputs_NT: npt.NDArray[Any], end_of_text: int) -> npt.NDArray[np.int64]:

@@ -19,6 +19,7 @@ import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from sys import intern
 from typing import Any, Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ class Removed:
     text_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PartRecord:
     """What one part of the sources gave to a split, and where it came from."""
 
@@ -65,7 +66,12 @@ class PartRecord:
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> PartRecord:
         """From JSON. Raises KeyError or TypeError where it is none."""
-        return cls(**fields | {"removed": tuple(Removed(**one) for one in fields.get("removed", ()))})
+        # There may be thousands, which say the same of their source: it is kept once.
+        values: dict[str, Any] = {
+            key: intern(value) if isinstance(value, str) else value for key, value in fields.items()
+        }
+        values["removed"] = tuple(Removed(**one) for one in fields.get("removed", ()))
+        return cls(**values)
 
 
 @dataclass(frozen=True)

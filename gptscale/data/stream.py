@@ -38,7 +38,7 @@ from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 
 _STEPS_AHEAD = 4
-_WINDOW = 4096
+_WINDOW = 8192
 
 
 class Traced(NamedTuple):
@@ -190,9 +190,9 @@ class TrainingStream:
         """The order of whole windows is worked out at once, which costs little more than that of a few positions."""
         if not len(positions):
             return self._window(0).take(positions)
-        first = int(positions[0]) // _WINDOW
-        if first == int(positions.min()) // _WINDOW == int(positions.max()) // _WINDOW:
-            return self._window(first).take(positions - first * _WINDOW)
+        (number, first), (last_number, last) = divmod(int(positions[0]), _WINDOW), divmod(int(positions[-1]), _WINDOW)
+        if number == last_number and last - first == len(positions) - 1 and (np.diff(positions) == 1).all():
+            return self._window(number).take(slice(first, last + 1))  # nearly always
         windows, which = np.unique(positions // _WINDOW, return_inverse=True)
         found = [self._window(number) for number in windows.tolist()]
         return Located(
@@ -291,7 +291,8 @@ def rank_positions(plan: StepPlan, split: BatchSplit, data_rank: int, start: int
     now = plan.split(start, split)
     rows = now.rows(data_rank)
     positions = np.arange(start + rows.start, start + rows.stop, dtype=np.int64)
-    return positions, [len(rows[first : first + now.micro_batch]) for first in range(0, len(rows), now.micro_batch)]
+    whole, rest = divmod(len(rows), now.micro_batch)
+    return positions, [now.micro_batch] * whole + [rest] * (rest > 0)
 
 
 class _ClosedError(Exception):

@@ -108,17 +108,19 @@ class PlainEngine:
 
 
 def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
-    """What the model is called with.
-
-    Ids cross to the device as they are stored, in a quarter of the bytes: 2 and not 8 for most vocabularies.
-    """
-    tokens_BT1 = batch.tokens_BT1
-    if tokens_BT1.device != device:
-        tokens_BT1 = tokens_BT1.to(device, non_blocking=True)
-    if tokens_BT1.dtype in (torch.uint16, torch.uint32):
-        tokens_BT1 = tokens_BT1.long()
-    inputs_BT, targets_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+    """What the model is called with."""
+    ids_BT1 = ids_on_device(batch, device)
+    inputs_BT, targets_BT = ids_BT1[:, :-1], ids_BT1[:, 1:]
     if batch.silent_BT is not None:
         targets_BT = targets_BT.masked_fill(batch.silent_BT.to(device, non_blocking=True), IGNORED_TARGET)
     documents = None if batch.starts_BT is None else Documents(batch.starts_BT, device)
     return inputs_BT, targets_BT, documents
+
+
+def ids_on_device(batch: Batch, device: torch.device) -> torch.Tensor:
+    """int64 [B, T+1]. They cross to the device as they are stored, in a quarter of the bytes: 2 and not 8 for most
+    vocabularies."""
+    tokens_BT1 = batch.tokens_BT1
+    if tokens_BT1.device != device:
+        tokens_BT1 = tokens_BT1.to(device, non_blocking=True)
+    return tokens_BT1.long() if tokens_BT1.dtype in (torch.uint16, torch.uint32) else tokens_BT1

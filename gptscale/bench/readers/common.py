@@ -9,8 +9,9 @@ import gc
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ import torch
 
 COMPARED_BATCHES = 8
 """After the resume position: their ids are compared."""
+LEAST_TIMED_S = 1.0
+"""A pass takes no less: what a process does slowly at first is to decide nothing."""
 Batches = tuple[torch.Tensor, ...]
 
 
@@ -87,7 +90,7 @@ class Module(Protocol):
 
 @dataclass(frozen=True)
 class Pass:
-    """One reading of the corpus by a fresh process."""
+    """A fresh process that reads the corpus, as often as it takes for `LEAST_TIMED_S`."""
 
     flags: str
     first_batch_s: float
@@ -95,7 +98,7 @@ class Pass:
     opened_s: float
     """The same from the reader's libraries imported."""
     tokens: int
-    """After the first batch: inputs, not targets."""
+    """Of the batches that were timed; inputs, not targets. The first of each reading is not, nor are those compared."""
     wall_s: float
     cpu_s: float
     """Of all threads and child processes of the process, in `wall_s`."""
@@ -126,8 +129,26 @@ ReaderOf = Callable[[], type[Reader]]
 """Imports a reader's module, and with it the libraries that it needs."""
 
 
+@dataclass
+class _Timed:
+    """Batches that were taken by the clock."""
+
+    batches: int = 0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def take(self, source: Iterator[Batches], count: int) -> None:
+        began_s, began_cpu_s = time.perf_counter(), cpu_seconds()
+        for _ in range(count):
+            next(source)
+        self.wall_s += time.perf_counter() - began_s
+        self.cpu_s += cpu_seconds() - began_cpu_s
+        self.batches += count
+
+
 def run_pass(reader_of: ReaderOf, work: Work, batches: int, resume_at: int) -> tuple[Pass, Any]:
-    """Read `batches` batches; the state after `resume_at` of them is returned too."""
+    """Read `batches` batches, again and again if that is soon done; the state after the first `resume_at` of them is
+    returned too."""
     before = resident_bytes()
     began_s = time.perf_counter()
     make = reader_of()
@@ -136,30 +157,27 @@ def run_pass(reader_of: ReaderOf, work: Work, batches: int, resume_at: int) -> t
     source = iter(reader)
     next(source)
     first_s = time.perf_counter()
-    compared, state = [], None
-    wall_s = cpu_s = 0.0
-    for first, count in ((1, resume_at - 1), (resume_at, COMPARED_BATCHES), (resume_at + COMPARED_BATCHES, batches)):
-        if first == resume_at:
-            state = reader.state()
-        start_s, start_cpu_s = time.perf_counter(), cpu_seconds()
-        if first == resume_at:
-            compared = [next(source) for _ in range(count)]
-        else:
-            for _ in range(count if first < resume_at else batches - first):
-                next(source)
-        wall_s += time.perf_counter() - start_s
-        cpu_s += cpu_seconds() - start_cpu_s
+    timed = _Timed()
+    timed.take(source, resume_at - 1)
+    state = reader.state()
+    compared = digest(islice(source, COMPARED_BATCHES))
+    timed.take(source, batches - resume_at - COMPARED_BATCHES)
+    while timed.wall_s < LEAST_TIMED_S:
+        del source  # which ends its threads
+        source = iter(reader)  # whoever has no end goes on, others begin anew
+        next(source)
+        timed.take(source, batches - 1)
     gc.collect()
     resident = resident_bytes() - before
     return Pass(
         flags=reader.flags,
         first_batch_s=first_s - began_s,
         opened_s=first_s - imported_s,
-        tokens=(batches - 1) * work.batch * work.sequence_length,
-        wall_s=wall_s,
-        cpu_s=cpu_s,
+        tokens=timed.batches * work.batch * work.sequence_length,
+        wall_s=timed.wall_s,
+        cpu_s=timed.cpu_s,
         resident_bytes=resident,
-        digest=digest(compared),
+        digest=compared,
     ), state
 
 
@@ -168,10 +186,11 @@ def run_resume(reader_of: ReaderOf, work: Work, state: Any) -> Resumed:
     make = reader_of()
     imported_s = time.perf_counter()
     source = iter(make(work, state))
-    compared = [next(source)]
+    first = next(source)
     first_s = time.perf_counter()
-    compared += [next(source) for _ in range(COMPARED_BATCHES - 1)]
-    return Resumed(first_s - began_s, first_s - imported_s, digest(compared))
+    return Resumed(
+        first_s - began_s, first_s - imported_s, digest(chain([first], islice(source, COMPARED_BATCHES - 1)))
+    )
 
 
 def run_order(module: Module, samples: int) -> Ordered:
@@ -185,11 +204,11 @@ def run_order(module: Module, samples: int) -> Ordered:
     return Ordered(samples, wall_s, max(0, peak - before))
 
 
-def digest(batches: list[Batches]) -> str:
+def digest(batches: Iterable[Batches]) -> str:
     """Of the ids alone, without the last of a row where there are targets of their own."""
     found = hashlib.sha256()
     for batch in batches:
-        found.update(np.ascontiguousarray(batch[0].numpy().astype(np.int64)).tobytes())
+        found.update(np.ascontiguousarray(batch[0].numpy(), np.int64).data)
     return found.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""gptscale's own: what a training rank does for its batches, but for the hash that proves which samples it used."""
+"""gptscale's own: what a training rank does for its ids, but for the hash that proves which samples it used."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from gptscale.data.shards import SPLITS
 from gptscale.data.stages import Mixture, StagedOrder, Track
 from gptscale.data.stream import TrainingStream, rank_positions
 from gptscale.flow import Batch
-from gptscale.parallel.plain import on_device
+from gptscale.parallel.plain import ids_on_device, on_device
 from gptscale.topology import split_batch
 
-STEP_BATCHES = 16
-"""Micro-batches of an optimizer step."""
+STEP_TOKENS = 1 << 19
+"""Of an optimizer step: GPT-3 Small's batch (Brown et al., arXiv 2005.14165, table 2.1)."""
 
 
 def build(work: Work) -> None:
@@ -52,26 +52,23 @@ def prepare(texts: list[str], tokenizer: str, target: str, workers: int) -> Enco
 
 
 class Reader:
-    flags = f"full permutation; {STEP_BATCHES} micro-batches at a time, not hashed; no thread, as peers without workers"
+    flags = f"full permutation; {STEP_TOKENS:,} tokens at a time, not hashed; no thread, as peers without workers"
 
     def __init__(self, work: Work, state: Any) -> None:
         corpora = (CorpusConfig(work.folder),)
         self._stream = TrainingStream(corpora, work.sequence_length, work.seed, document_mask=work.documents)
-        self._rows = STEP_BATCHES * work.batch
+        self._step_batches = max(1, STEP_TOKENS // work.sequence_length // work.batch)
+        self._rows = self._step_batches * work.batch
         self._plan = StepPlan(self._rows, work.sequence_length)
         self._split = split_batch(self._rows, work.batch, 1)
         self._taken: int = state or 0
 
     def __iter__(self) -> Iterator[Batches]:
-        host = torch.device("cpu")
-        for microbatches in self._steps(self._taken // STEP_BATCHES):
-            for batch in microbatches[self._taken % STEP_BATCHES :]:
+        for microbatches in self._steps(self._taken // self._step_batches):
+            del microbatches[: self._taken % self._step_batches]
+            while microbatches:  # nothing of one step is kept as the next is read
                 self._taken += 1
-                inputs_BT, targets_BT, documents = on_device(batch, host)
-                if documents is None:
-                    yield inputs_BT, targets_BT
-                else:
-                    yield inputs_BT, targets_BT, documents.cu_seqlens, documents.positions
+                yield _tensors(microbatches.pop(0))
 
     def _steps(self, step: int) -> Iterator[list[Batch]]:
         while True:
@@ -82,6 +79,15 @@ class Reader:
 
     def state(self) -> Any:
         return self._taken
+
+
+def _tensors(batch: Batch) -> Batches:
+    host = torch.device("cpu")
+    if batch.starts_BT is None:  # what peers' batches are; inputs and targets are views of it
+        return (ids_on_device(batch, host),)
+    inputs_BT, targets_BT, documents = on_device(batch, host)
+    assert documents is not None
+    return inputs_BT, targets_BT, documents.cu_seqlens, documents.positions
 
 
 def order(samples: int) -> Any:
