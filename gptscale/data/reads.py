@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from gptscale.data.order import Ints
 
-MOST_AT_ONCE = 128
+MOST_AT_ONCE = 256
 """Reads of one call. They count against the machine's fs.aio-max-nr, 65,536 mostly."""
 
 Bytes = npt.NDArray[np.uint8]

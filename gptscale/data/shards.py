@@ -152,7 +152,7 @@ class NpyWriter:
         self.dtype = dtype
         self._left = count * dtype.itemsize
         self._digest = xxhash.xxh3_128()
-        self._file = path.open("wb")
+        self._file = path.open("wb", buffering=_COPY_BYTES)
         self._put(npy_header(dtype, count))
 
     def write(self, values: npt.NDArray[Any]) -> None:
@@ -179,5 +179,8 @@ class NpyWriter:
             self._file.close()
 
     def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
         self._digest.update(data)
+        # Up to a whole block first: written so, the page cache holds the file in larger pieces, and rows come faster.
+        room, view = _COPY_BYTES - self._file.tell() % _COPY_BYTES, memoryview(data)
+        self._file.write(view[:room])
+        self._file.write(view[room:])

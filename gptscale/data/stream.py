@@ -38,7 +38,7 @@ from gptscale.runtime.errors import UserError
 from gptscale.topology import BatchSplit
 
 _STEPS_AHEAD = 4
-_WINDOW = 8192
+_WINDOW = 4096
 
 
 class Traced(NamedTuple):
