@@ -91,7 +91,7 @@ class RemoteRowReader(RowReader):
     def _at_once(self, shard: Ints) -> Iterable[slice]:
         """Each shard's rows together."""
         bounds = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(shard)]
-        return itertools.starmap(slice, itertools.pairwise(bounds))
+        return (slice(first, stop) for first, stop in itertools.pairwise(bounds) if first < stop)
 
     def _descriptors(self, numbers: list[int]) -> list[int]:
         (number,) = set(numbers)

@@ -37,6 +37,8 @@ SPLITS: tuple[Split, Split] = ("train", "heldout")
 _HEADER_BYTES = 128
 _COPY_BYTES = 1 << 20
 END_DTYPE = np.dtype("<u8")
+_SHARED = ("source", "licence", "version", "source_name")
+"""Of a part's record: what many have in common."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,8 @@ class PartRecord:
     def parse(cls, fields: dict[str, Any]) -> PartRecord:
         """From JSON. Raises KeyError or TypeError where it is none."""
         # There may be thousands, which say the same of their source: it is kept once.
-        values: dict[str, Any] = {
-            key: intern(value) if isinstance(value, str) else value for key, value in fields.items()
-        }
-        values["removed"] = tuple(Removed(**one) for one in fields.get("removed", ()))
+        values: dict[str, Any] = fields | {key: intern(fields[key]) for key in _SHARED if key in fields}
+        values["removed"] = tuple(Removed(**one) for one in fields["removed"]) if fields.get("removed") else ()
         return cls(**values)
 
 

@@ -82,6 +82,12 @@ def test_rows_are_those_of_the_folder_and_each_shard_is_fetched_once(
     assert not list(cache.folder.glob("*.part"))
 
 
+def test_a_rank_without_rows_reads_none(address: str, cache: ShardCache) -> None:
+    rows, targets = reader(address, cache).read(np.arange(0))
+    assert rows.shape == (0, LENGTH + 1)
+    assert targets.shape == (0,)
+
+
 @pytest.mark.parametrize("kind", ["stall", "refuse", "cut", "short", "flip"])
 @pytest.mark.parametrize("part_bytes", [1 << 24, 5000])
 def test_a_fault_in_transfer_costs_time_only(

@@ -66,6 +66,7 @@ def test_an_epoch_holds_every_sample_once_and_the_next_in_another_order(prepared
     assert count == len(expected)
     first, again = stream.rows(np.arange(count)), stream.rows(np.arange(count, 2 * count))
     assert first.dtype == np.uint16
+    assert stream.rows(np.arange(0)).shape == (0, LENGTH + 1)
     for rows in (first, again):
         assert sorted(map(bytes, rows)) == sorted(map(bytes, expected))
     assert not np.array_equal(first, again)
