@@ -75,8 +75,8 @@ def _reader_lines(bench: BenchDataConfig, found: ReadingSamples) -> list[str]:
         for number, one in enumerate(ours.passes)
     ]
     lines = [
-        f"reading {bench.tokens:,} ids of two bytes, shuffled, as batches of {bench.batch} × {bench.sequence_length:,} "
-        "int64 tensors",
+        f"reading {bench.tokens:,} ids of two bytes, shuffled, as int64 batches of {bench.batch} rows: "
+        f"{bench.sequence_length:,} inputs, and the last target",
         *aligned([header, *rows]),
         "",
         "limits, Mtok/s: "

@@ -66,6 +66,11 @@ def read_rows(descriptors: Sequence[int], offsets: Ints, sizes: Ints, out_NB: By
     return read
 
 
+def reads_at_once() -> bool:
+    """Whether the kernel takes many at once from this process."""
+    return _queue() is not None
+
+
 class _Queue:
     """A queue of the kernel's. Threads take turns."""
 

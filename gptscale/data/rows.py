@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptscale.data.order import Ints
-from gptscale.data.reads import MOST_AT_ONCE, read_rows
+from gptscale.data.reads import read_rows
 from gptscale.data.remote import AnyCorpus
 from gptscale.runtime.errors import UserError
 
@@ -121,7 +121,7 @@ class RowReader:
 
     def _at_once(self, shard: Ints) -> Iterable[slice]:
         """Rows that are read together, of as many shards as may be open; `shard` [N] is each row's."""
-        step = min(self._most_open, MOST_AT_ONCE)
+        step = self._most_open
         return (slice(first, first + step) for first in range(0, len(shard), step))
 
     def _descriptors(self, numbers: list[int]) -> list[int]:

@@ -53,6 +53,11 @@ def test_a_run_from_s3_is_the_run_from_the_folder_and_goes_on_there(
     assert fault.met.is_set()
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or b"canary" not in path.read_bytes(), f"credentials in {path}"
+    for rank in (0, 1):
+        with tree(GPTSCALE, "inspect", str(tmp_path / "run"), "step=3", f"rank={rank}") as started:
+            code, out, err = started.end(timeout_s=60)
+        assert code == 0, err
+        assert "equal to what the run recorded" in out
     run_training([*small_run(folder, tmp_path / "run"), "schedule.total_steps=12"], 2, tmp_path / "resumed")
     steps = [line for line in exact_part(read_metrics(tmp_path / "run")) if "data/sample_hash" in line]
     assert steps == [line for line in expected if "data/sample_hash" in line]

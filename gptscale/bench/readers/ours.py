@@ -17,6 +17,7 @@ from gptscale.config.schema import CorpusConfig, DataConfig, SourceConfig, Token
 from gptscale.config.step_plan import StepPlan
 from gptscale.data.corpus import read_manifest
 from gptscale.data.order import FULL
+from gptscale.data.reads import reads_at_once
 from gptscale.data.shards import SPLITS
 from gptscale.data.stages import Mixture, StagedOrder, Track
 from gptscale.data.stream import TrainingStream, rank_positions
@@ -53,6 +54,7 @@ def prepare(texts: list[str], tokenizer: str, target: str, workers: int) -> Enco
 
 class Reader:
     flags = f"full permutation; {STEP_TOKENS:,} tokens at a time, not hashed; no thread, as peers without workers"
+    """And, once it is made, in which way rows are read here."""
 
     def __init__(self, work: Work, state: Any) -> None:
         corpora = (CorpusConfig(work.folder),)
@@ -62,6 +64,7 @@ class Reader:
         self._plan = StepPlan(self._rows, work.sequence_length)
         self._split = split_batch(self._rows, work.batch, 1)
         self._taken: int = state or 0
+        self.flags += "; rows read many at a call" if reads_at_once() else "; rows read ONE BY ONE: no io_submit here"
 
     def __iter__(self) -> Iterator[Batches]:
         for microbatches in self._steps(self._taken // self._step_batches):

@@ -263,17 +263,22 @@ def _is_link(descriptor: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{descriptor}")
 
 
-def test_open_files_are_bounded(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_open_files_are_bounded(most: int, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gptscale.data import rows
     from gptscale.data.corpus import open_split
 
-    monkeypatch.setattr(rows, "_MOST_OPEN_FILES", 2)
+    monkeypatch.setattr(rows, "_MOST_OPEN_FILES", most)
     before = len(os.listdir("/proc/self/fd"))
     reader = RowReader(open_split(prepared, "train"), LENGTH)
     found, targets = reader.read(np.arange(reader.count))
     assert np.array_equal(found, all_rows(prepared))
     assert (targets == LENGTH).all()
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(os.listdir("/proc/self/fd")) <= before + most
+    for seed in range(5):  # a file must not be closed whose rows are still to be read
+        numbers = np.random.default_rng(seed).permutation(reader.count)
+        assert np.array_equal(reader.read(numbers)[0], all_rows(prepared)[numbers])
+        assert len(os.listdir("/proc/self/fd")) <= before + most
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
