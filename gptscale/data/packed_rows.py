@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
@@ -35,8 +35,8 @@ from gptscale.data.transfer import Check, Range
 from gptscale.runtime.errors import UserError
 
 _MOST_OPEN_PLANS = 64
-Read = Callable[[int, int], bytes]
-"""Bytes of a file: the first, and how many."""
+Read = Callable[[Sequence[tuple[int, int]]], list[bytes]]
+"""Stretches of a file: of each the first byte, and how many."""
 
 
 def packed_row_reader(
@@ -110,10 +110,11 @@ class PackedRowReader(ABC):
         for shard, rows in of_shard.items():
             within = [int(numbers[row]) - int(self._first_row[shard]) for row in rows]
             with self._file(shard, 0) as read:
-                bounds = [_integers(read, place, 2).tolist() for place in within]
+                bounds = [pair.tolist() for pair in _integers(read, [(place, 2) for place in within])]
             with self._file(shard, 1) as read:
-                for row, (first, stop) in zip(rows, bounds, strict=True):
-                    found[row] = _integers(read, 2 * first, 2 * (stop - first)).reshape(-1, 2).tolist()
+                pieces = _integers(read, [(2 * first, 2 * (stop - first)) for first, stop in bounds])
+            for row, of_row in zip(rows, pieces, strict=True):
+                found[row] = of_row.reshape(-1, 2).tolist()
         return list(zip(shards, found, strict=True))
 
 
@@ -201,12 +202,9 @@ class _FewPackedRows(PackedRowReader):
         file = plan_files(self.corpus.manifest.shards[shard], self._plan.shards[shard])[which]
         name = f"{packing_name(self.corpus.split, self._length)}/{file.name}"
 
-        def read(first: int, count: int) -> bytes:
-            return self.corpus.store.read_ranges(
-                [Range(name, first, first + count, file.size)], self.corpus.cache.check
-            )[0]
-
-        yield read
+        yield lambda stretches: self.corpus.store.read_ranges(
+            [Range(name, first, first + count, file.size) for first, count in stretches], self.corpus.cache.check
+        )
 
 
 def _fetched_plan(corpus: RemoteCorpus, length: int) -> PackingPlan:
@@ -235,11 +233,12 @@ def _fetched_plan(corpus: RemoteCorpus, length: int) -> PackingPlan:
 
 
 def _positional(descriptor: int) -> Read:
-    return lambda first, count: os.pread(descriptor, count, first)
+    return lambda stretches: [os.pread(descriptor, count, first) for first, count in stretches]
 
 
-def _integers(read: Read, first: int, count: int) -> npt.NDArray[np.uint64]:
-    """The uint64 numbers of a .npy file from number `first` on."""
-    data = read(HEADER_BYTES + 8 * first, 8 * count)
-    assert len(data) == 8 * count, "the plan's files had the right sizes as it was opened"
-    return np.frombuffer(data, "<u8")
+def _integers(read: Read, stretches: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.uint64]]:
+    """Of a .npy file of uint64 several stretches: of each its first number, and how many there are."""
+    found = read([(HEADER_BYTES + 8 * first, 8 * count) for first, count in stretches])
+    for data, (_, count) in zip(found, stretches, strict=True):
+        assert len(data) == 8 * count, "the plan's files had the right sizes as it was opened"
+    return [np.frombuffer(data, "<u8") for data in found]

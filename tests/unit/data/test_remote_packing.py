@@ -53,12 +53,13 @@ def test_packed_rows_are_those_of_the_folder(folder: Path, address: str, cache: 
     there, here = stream_of(address, cache, few=few), stream_of(folder)
     assert there.identity == here.identity
     assert there.samples_per_epoch == here.samples_per_epoch > 100
-    for start in range(0, there.samples_per_epoch, 40):
+    for start in range(0, there.samples_per_epoch, 200 if few else 40):  # a row of a few costs several requests
         positions = np.arange(start, min(start + 40, there.samples_per_epoch))
         found, expected = there.read(positions), here.read(positions)
         for name in ("tokens", "used", "starts"):
             assert np.array_equal(getattr(found, name), getattr(expected, name)), name
-        left, right = there.trace(positions), here.trace(positions)
+        shown = positions[:4] if few else positions
+        left, right = there.trace(shown), here.trace(shown)
         assert [one._replace(corpus=None) for one in left] == [one._replace(corpus=None) for one in right]  # type: ignore[arg-type]
     assert bool(list(cache.folder.glob("*.npy"))) is not few, "a look keeps nothing"
 
